@@ -1,0 +1,77 @@
+"""What every expert speaks: OpenAI's wire format in, pieces of OpenAI's wire format out.
+
+Bodies and replies pass through untouched, so that tools, multimodal parts and parameters this project has never heard
+of reach the expert and its answer reaches the client.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+Endpoint = Literal["chat/completions", "completions", "embeddings"]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one call, counted by the expert's tokenizer. `cached_input_tokens` is a part of `input_tokens`."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_input_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertRequest:
+    """One call of one expert.
+
+    `id` stands in every piece of the reply (`"id": ...`). `body` is the client's JSON body; an expert reads what it
+    understands and overwrites `model` alone. `body["stream"]` says whether the reply comes as chunks.
+    `timeout_s` bounds the whole call, in seconds.
+    """
+
+    id: str
+    endpoint: Endpoint
+    body: Mapping[str, Any]
+    timeout_s: float = 60.0
+
+    @property
+    def stream(self) -> bool:
+        """Whether the reply is wanted as chunks."""
+        return bool(self.body.get("stream"))
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One piece of a reply: the JSON of one chunk (streaming) or of the whole answer, without SSE framing.
+
+    A reply's last part carries `usage`, whether or not the client asked to see it. A part whose `data` is empty exists
+    for its usage alone and is not sent to the client.
+    """
+
+    data: bytes
+    usage: Usage | None = None
+
+
+class Expert(Protocol):
+    """Something that answers: a local model, an adapter on a shared base, or a remote API."""
+
+    def generate(self, request: ExpertRequest) -> AsyncIterator[Part]:
+        """Answer `request` part by part; closing the iterator stops the generation.
+
+        Raises `ExpertRequestError`, `ExpertUnavailableError` or `ExpertTimeoutError`, possibly after some parts.
+        """
+        ...
+
+    async def embed(self, request: ExpertRequest) -> Part:
+        """Answer an embeddings request; `ExpertRequestError` where the expert cannot."""
+        ...
+
+    async def healthy(self) -> bool:
+        """Whether it could answer now."""
+        ...
+
+    async def close(self) -> None:
+        """Free what it holds."""
+        ...

@@ -1,0 +1,34 @@
+"""What can go wrong in routing.
+
+RoutingError
+├── RouterConfigError      a router, policy or strategy is configured wrongly (raised before anything is served)
+├── RouterNotFittedError   a router was asked for estimates before it was fitted or loaded
+├── ObservationError       a table of observations is malformed; names file, line and field
+└── NoExpertError          every expert was removed by a constraint; says by which
+"""
+
+from __future__ import annotations
+
+
+class RoutingError(Exception):
+    """Any failure of routing."""
+
+
+class RouterConfigError(RoutingError):
+    """A router, policy or strategy is configured wrongly."""
+
+
+class RouterNotFittedError(RoutingError):
+    """A router was asked for estimates before it was fitted or loaded."""
+
+
+class ObservationError(RoutingError):
+    """A table of observations is malformed."""
+
+
+class NoExpertError(RoutingError):
+    """No expert is left to answer: `removed` maps each expert's name to the constraint that removed it."""
+
+    def __init__(self, message: str, removed: dict[str, str]) -> None:
+        super().__init__(message)
+        self.removed = removed
