@@ -1,6 +1,8 @@
 # One command each: `make serve` answers queries, `make test` proves that it does. Both set up what they need, once.
 
-PYTHON ?= $(shell command -v python3.12 || command -v python3.11 || command -v python3)
+# The first of these that runs and is 3.11 or 3.12.
+PYTHON ?= $(shell for p in python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && command -v $$p && break; done)
 VENV   ?= .venv
 TORCH  ?= deploy/requirements/torch-cpu.txt
 PORT   ?= 8000
@@ -19,13 +21,13 @@ setup: $(READY)  ## make the virtual environment
 
 # torch comes first and from its own file: a CPU machine never pulls CUDA, and `TORCH=other.txt` chooses another build.
 $(READY): pyproject.toml $(TORCH)
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and none was found: name one with make PYTHON=/path/to/python"; exit 1; }
 	@echo "==> Setting up $(VENV) with $(PYTHON) (once; a few minutes)"
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(v not in ((3, 11), (3, 12)) and f"Python 3.11 or 3.12 is needed, {sys.executable} is {v[0]}.{v[1]}: set PYTHON=...")'
 	@$(PYTHON) -m venv $(VENV)
 	@echo "==> Installing torch ($(TORCH))"
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --quiet -r $(TORCH)
-	@echo "==> Installing the service and its tools"
+	@echo "==> Installing the service, its trainers and its tests"
 	@$(BIN)/python -m pip install --quiet -e '.[train,dev]'
 	@touch $@
 
