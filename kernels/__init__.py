@@ -1,0 +1,26 @@
+"""Floor 1: kernels that mix many LoRA adapters per token, on CPUs and GPUs.
+
+`mixed_lora` over an `AdapterStack` is the one operator; `route` makes the decision that it takes; `project_ranks` and
+`expand_ranks` mix the ranks of a single adapter. docs/kernels.md says which backend runs when, and how fast.
+"""
+
+from kernels.align import Alignment, align
+from kernels.errors import BackendError, KernelError, MixtureError
+from kernels.mixed import check_mixture, mixed_lora
+from kernels.rankwise import expand_ranks, project_ranks
+from kernels.route import route
+from kernels.stack import AdapterStack
+
+__all__ = [
+    "AdapterStack",
+    "Alignment",
+    "BackendError",
+    "KernelError",
+    "MixtureError",
+    "align",
+    "check_mixture",
+    "expand_ranks",
+    "mixed_lora",
+    "project_ranks",
+    "route",
+]

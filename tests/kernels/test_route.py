@@ -1,0 +1,92 @@
+"""K1: the decision against its formula, its gradients, and what is left out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import MixtureError, route
+from kernels.route import Score
+
+
+@pytest.mark.parametrize("experts", [1, 7, 1024])
+@pytest.mark.parametrize("k", [1, 2, 7])
+def test_renormalised_softmax_is_softmax_over_the_chosen(experts: int, k: int) -> None:
+    k, logits = min(k, experts), 3 * torch.randn(9, experts)
+    indices, weights = route(logits, k)
+    top = logits.topk(k)
+    assert torch.equal(indices, top.indices.int())
+    assert torch.allclose(weights, top.values.softmax(1), atol=1e-6)
+
+
+def test_scores_without_renormalisation() -> None:
+    logits = torch.randn(5, 6)
+    for score, expected in (("softmax", logits.softmax(1)), ("sigmoid", logits.sigmoid())):
+        indices, weights = route(logits, 3, score=score, renormalise=False)  # type: ignore[arg-type]
+        assert torch.allclose(weights, expected.gather(1, indices.long()))
+
+
+def test_bias_selects_but_does_not_weigh() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0]])
+    indices, weights = route(logits, 2, bias=torch.tensor([5.0, 0.0, 0.0]), score="sigmoid")
+    chosen = logits[0, [0, 2]].sigmoid()
+    assert indices.tolist() == [[0, 2]]
+    assert torch.allclose(weights[0], chosen / chosen.sum())
+
+
+def test_infinite_logits_leave_adapters_out_and_ties_go_to_the_lower_index() -> None:
+    low = -torch.inf
+    logits = torch.tensor([[1.0, low, 1.0, 1.0], [low, low, 0.5, low], [low, low, low, low]])
+    for score in ("softmax", "sigmoid"):
+        indices, weights = route(logits, 2, score=score, bias=torch.zeros(4))  # type: ignore[arg-type]
+        assert indices.tolist() == [[0, 2], [2, -1], [-1, -1]]
+        assert torch.allclose(weights, torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_gradients_equal_those_of_the_formula(score: Score, renormalise: bool) -> None:
+    logits, dw = torch.randn(6, 5), torch.randn(6, 3)
+    logits[0, :3] = -torch.inf
+    ours, formula = (logits.clone().requires_grad_() for _ in range(2))
+    indices, weights = route(ours, 3, score=score, renormalise=renormalise)
+    scores = formula.softmax(1) if score == "softmax" else formula.sigmoid()
+    expected = scores.gather(1, indices.long().clamp(min=0)).masked_fill(indices < 0, 0)
+    if renormalise:
+        expected = expected / expected.sum(1, keepdim=True)
+    assert torch.allclose(weights, expected)
+    (weights * dw).sum().backward()
+    (expected * dw).sum().backward()
+    assert ours.grad is not None
+    assert formula.grad is not None
+    assert torch.allclose(ours.grad, formula.grad, atol=1e-6)
+
+
+def test_compiles_and_is_well_formed() -> None:
+    logits = torch.randn(4, 6, requires_grad=True)
+    torch.library.opcheck(torch.ops.router_kernels.route.default, (logits, None, 2, "softmax", True))
+    compiled = torch.compile(lambda t: route(2 * t, 2), fullgraph=True, backend="aot_eager")
+    for found, expected in zip(compiled(logits), route(2 * logits, 2), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_token_is_routed_alone_as_in_a_batch() -> None:
+    logits = torch.randn(8, 64)
+    assert torch.equal(route(logits, 4)[1][3:4], route(logits[3:4], 4)[1])
+    assert route(logits[:0], 4)[0].shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("logits", "k", "options", "message"),
+    [
+        (torch.tensor([[1.0, torch.nan]]), 1, {}, "NaN"),
+        (torch.zeros(1, 2), 3, {}, "k <= E"),
+        (torch.zeros(2), 1, {}, r"\[T, E\]"),
+        (torch.zeros(1, 2), 1, {"score": "tanh"}, "'tanh'"),
+        (torch.zeros(1, 2), 1, {"bias": torch.zeros(3)}, r"bias must be \[2\]"),
+    ],
+)
+def test_bad_input_is_a_clear_error(logits: Tensor, k: int, options: dict[str, object], message: str) -> None:
+    with pytest.raises(MixtureError, match=message):
+        route(logits, k, **options)  # type: ignore[arg-type]
