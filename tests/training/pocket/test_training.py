@@ -1,0 +1,83 @@
+"""Training for real, on models of a few thousand weights: it learns, resumes exactly and writes loadable files."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from training.pocket import model as pocket_model
+from training.pocket.generate import respond
+from training.pocket.model import load_model
+from training.pocket.questions import PocketError
+from training.pocket.tokens import build_tokenizer
+from training.pocket.train import RECIPES, collate, draw_pairs, train
+
+TINY = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
+QUICK = replace(RECIPES["base"], steps=6, examples=16, warmup=1, checkpoint_every=3)
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(pocket_model.SHAPES, "base", TINY)
+
+
+def test_resumed_training_is_the_same_training(tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train("base", whole, whole / "work", recipe=QUICK)
+    train("base", parts, parts / "work", recipe=QUICK, stop_at=3)
+    assert not (parts / "base").exists()
+    train("base", parts, parts / "work", recipe=QUICK)
+    for name, weight in load_file(whole / "base" / "model.safetensors").items():
+        assert torch.equal(weight, load_file(parts / "base" / "model.safetensors")[name]), name
+
+
+def test_loss_falls(tmp_path: Path) -> None:
+    recipe = replace(QUICK, steps=40, examples=32, lr=1e-2)
+    assert train("base", tmp_path, tmp_path, recipe=recipe) < train("base", tmp_path, tmp_path / "short", recipe=QUICK)
+
+
+def test_specialist_is_a_peft_adapter_and_answers_as_when_merged(tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    train("base", tmp_path, tmp_path, recipe=QUICK)
+    train("roman", tmp_path, tmp_path, recipe=replace(QUICK, lr=1e-1))
+    tokenizer = build_tokenizer()
+    adapter = tmp_path / "adapters" / "roman"
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    ids = tokenizer("<|user|>Write 8 in Roman numerals.<|assistant|>", return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        plain = base(ids).logits
+        adapted = PeftModel.from_pretrained(base, adapter)(ids).logits
+        merged = load_model(tmp_path / "base", adapter)(ids).logits
+    assert (plain - adapted).abs().max() > 1e-3
+    torch.testing.assert_close(adapted, merged)
+
+
+def test_specialist_needs_the_base(tmp_path: Path) -> None:
+    with pytest.raises(PocketError, match="train 'base' first"):
+        train("roman", tmp_path, tmp_path)
+
+
+def test_batch_answers_do_not_depend_on_their_neighbours(tmp_path: Path) -> None:
+    train("base", tmp_path, tmp_path, recipe=QUICK)
+    tokenizer, model = build_tokenizer(), load_model(tmp_path / "base")
+    queries = ["What is 4 + 5?", "Sort the letters of 'castle' alphabetically.", "Hi"]
+    together = respond(model, tokenizer, queries)
+    assert together == [respond(model, tokenizer, [query])[0] for query in queries]
+    assert all(response.output_tokens <= 48 for response in together)
+
+
+def test_collate_marks_exactly_the_answers() -> None:
+    tokenizer = build_tokenizer()
+    pairs = draw_pairs("arithmetic", replace(QUICK, examples=100), 0, 0)
+    texts = [
+        tokenizer.decode(row[marked])
+        for ids, answer in collate(tokenizer, pairs)
+        for row, marked in zip(ids, answer, strict=True)
+    ]
+    assert sorted(texts) == sorted(f"{answer}<|end|>" for _, answer in pairs)

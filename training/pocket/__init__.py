@@ -1,0 +1,1 @@
+"""The pocket fleet: tiny experts with exact graders, made by the project itself."""

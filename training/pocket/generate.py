@@ -1,0 +1,50 @@
+"""Greedy answers in batches: rows padded on the left, a key-value cache, and an end at the end token."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from training.pocket.tokens import prompt_text
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+MAX_NEW_TOKENS = 48
+_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Response:
+    """What an expert answered; ``output_tokens`` counts the end token too."""
+
+    text: str
+    input_tokens: int
+    output_tokens: int
+
+
+def respond(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", queries: Sequence[str]) -> list[Response]:
+    """The model's most likely answers, in the order of the queries."""
+    order = sorted(range(len(queries)), key=lambda index: len(queries[index]))
+    responses: dict[int, Response] = {}
+    for start in range(0, len(order), _BATCH):
+        part = order[start : start + _BATCH]
+        answers = _respond_to_batch(model, tokenizer, [queries[index] for index in part])
+        responses.update(zip(part, answers, strict=True))
+    return [responses[index] for index in range(len(queries))]
+
+
+@torch.inference_mode()
+def _respond_to_batch(
+    model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", queries: Sequence[str]
+) -> list[Response]:
+    prompts = [prompt_text(query) for query in queries]
+    batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False)
+    output = model.generate(**batch, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+    new = output[:, batch["input_ids"].shape[1] :]
+    pad = tokenizer.pad_token_id
+    return [
+        Response(tokenizer.decode(row, skip_special_tokens=True), int(mask.sum()), int((row != pad).sum()))
+        for row, mask in zip(new, batch["attention_mask"], strict=True)
+    ]
