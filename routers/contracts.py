@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from experts.cards import ExpertCard, Feature, Modality
-from experts.expert import ExpertRequest, Part
+from experts.expert import Endpoint, ExpertRequest, Part
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -29,6 +29,7 @@ class Query:
     """
 
     text: str
+    endpoint: Endpoint = "chat/completions"
     messages: Sequence[Mapping[str, Any]] = ()
     session: str | None = None
     tags: frozenset[str] = frozenset()
@@ -125,7 +126,10 @@ class Router(Protocol):
     any cards: those never observed are estimated from their card, removed ones are simply not passed.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The name it is registered by."""
+        ...
 
     def fit(self, observations: Observations) -> Self:
         """Learn from `observations` (all of it: callers split). Returns itself."""
@@ -151,7 +155,7 @@ class Router(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One expert of a decision with the numbers it was ranked by."""
+    """One expert of a decision with its numbers; `score` is the utility by the policy's objective."""
 
     expert: str
     score: float
@@ -189,7 +193,10 @@ class Call(Protocol):
 class Strategy(Protocol):
     """What is done with a decision. Holds no state of a request and knows nothing of the service but `call`."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The name it is registered by."""
+        ...
 
     def run(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncIterator[Part]:
         """Answer `request` by calling experts of `decision`; the parts go to the client as they come."""

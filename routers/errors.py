@@ -3,6 +3,7 @@
 RoutingError
 ├── RouterConfigError      a router, policy or strategy is configured wrongly (raised before anything is served)
 ├── RouterNotFittedError   a router was asked for estimates before it was fitted or loaded
+├── InvalidRequestError    the client's body cannot be routed; carries OpenAI's error fields
 ├── ObservationError       a table of observations is malformed; names file, line and field
 └── NoExpertError          every expert was removed by a constraint; says by which
 """
@@ -20,6 +21,15 @@ class RouterConfigError(RoutingError):
 
 class RouterNotFittedError(RoutingError):
     """A router was asked for estimates before it was fitted or loaded."""
+
+
+class InvalidRequestError(RoutingError):
+    """The client's body cannot be routed: HTTP status 400, with `param` and `code` of OpenAI's error body."""
+
+    def __init__(self, message: str, param: str, code: str) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
 
 
 class ObservationError(RoutingError):

@@ -1,0 +1,36 @@
+"""Strategies: what is done with a decision. By name, each in a module of its own that is imported when asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from pydantic import ValidationError
+
+from routers.contracts import Strategy
+from routers.errors import RouterConfigError
+from routers.policy import Policy
+from routers.strategies.base import BaseStrategy
+
+_STRATEGIES = {
+    "single": "routers.strategies.single:SingleStrategy",
+}
+
+
+def strategy_names() -> list[str]:
+    """Every known strategy's name, sorted."""
+    return sorted(_STRATEGIES)
+
+
+def create_strategy(policy: Policy) -> Strategy:
+    """The strategy that `policy` names, with its options and fallbacks. Raises `RouterConfigError`."""
+    name = policy.strategy.name
+    if name not in _STRATEGIES:
+        raise RouterConfigError(
+            f"policy {policy.name!r}: no strategy is named {name!r}; known are {', '.join(strategy_names())}"
+        )
+    module, _, attribute = _STRATEGIES[name].partition(":")
+    found: type[BaseStrategy] = getattr(import_module(module), attribute)
+    try:
+        return found(policy.fallbacks, policy.strategy.options)
+    except ValidationError as error:
+        raise RouterConfigError(f"policy {policy.name!r}, strategy {name!r}: {error}") from error

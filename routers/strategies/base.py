@@ -1,0 +1,34 @@
+"""What strategies share: options and fallbacks from the policy."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from experts.expert import ExpertRequest, Part
+from routers.contracts import Call, Decision
+from routers.policy import Fallbacks
+
+
+class StrategyOptions(BaseModel):
+    """The options of a strategy; each strategy adds its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaseStrategy(ABC):
+    """A strategy as a policy configures it; no state of a request. `name`, `options_type` and `run` are its own."""
+
+    name: str
+    options_type: ClassVar[type[StrategyOptions]] = StrategyOptions
+
+    def __init__(self, fallbacks: Fallbacks | None = None, options: Mapping[str, Any] | None = None) -> None:
+        self.fallbacks = fallbacks or Fallbacks()
+        self.options = self.options_type.model_validate(dict(options or {}))
+
+    @abstractmethod
+    def run(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncIterator[Part]:
+        """Answer `request` by calling experts of `decision`."""
