@@ -48,9 +48,7 @@ def test_a_floor_never_knows(floor: str, unknown: set[str]) -> None:
     assert not offenders
 
 
-@pytest.mark.parametrize(
-    "package", ["routers", "experts", "kernels", "routers.policy", "routers.registry", "router_service.cli"]
-)
+@pytest.mark.parametrize("package", ["routers", "experts", "routers.policy", "routers.registry", "router_service.cli"])
 def test_import_is_light(package: str) -> None:
     heavy = {"torch", "ray", "transformers", "peft", "redis", "trl"}
     code = f"import sys, {package}; print(sorted({heavy} & set(sys.modules)))"

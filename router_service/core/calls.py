@@ -1,0 +1,150 @@
+"""Calling experts for a strategy: every call is bounded, metered and recorded, whoever makes it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+from typing import cast
+
+from experts.cards import ExpertCard
+from experts.errors import ExpertError, ExpertTimeoutError, ExpertUnavailableError
+from experts.expert import Expert, ExpertRequest, Part, Usage
+from router_service.core.trace import CallRecord, Trace
+from router_service.metrics import Metrics
+
+_SLACK_S = 0.25
+"""A call may outlive the deadline by this much: its first call need not be made anew for the microseconds since."""
+
+
+class Lane:
+    """One expert with its card and the calls that are under way to it."""
+
+    def __init__(self, card: ExpertCard, expert: Expert, *, limit: int) -> None:
+        self.card = card
+        self.expert = expert
+        self._limit = limit
+        self._under_way = 0
+
+    def enter(self) -> None:
+        """Take a place. Raises `ExpertUnavailableError` if none is left."""
+        if self._under_way >= self._limit:
+            message = f"expert {self.card.name!r} has {self._limit} calls under way, which is its limit"
+            raise ExpertUnavailableError(message, retry_after_s=1.0)
+        self._under_way += 1
+
+    def leave(self) -> None:
+        """Give the place back."""
+        self._under_way -= 1
+
+
+class Caller:
+    """The `Call` of one request: its calls share a deadline (`time.monotonic`) and a ceiling in USD.
+
+    `input_tokens` is the prompt's estimated length, by which a call that was cut off is charged.
+    """
+
+    def __init__(
+        self,
+        lanes: Mapping[str, Lane],
+        trace: Trace,
+        metrics: Metrics,
+        *,
+        deadline: float,
+        ceiling_usd: float | None = None,
+        input_tokens: int = 0,
+    ) -> None:
+        self._lanes = lanes
+        self._trace = trace
+        self._metrics = metrics
+        self._deadline = deadline
+        self._ceiling_usd = ceiling_usd
+        self._input_tokens = input_tokens
+        self._opened: list[AsyncGenerator[Part]] = []
+
+    def __call__(self, expert: str, request: ExpertRequest, *, why: str) -> AsyncIterator[Part]:
+        """The expert's reply, part by part."""
+        parts = self._call(expert, request, why)
+        self._opened.append(parts)
+        return parts
+
+    async def close(self) -> None:
+        """Stop every call that is still under way."""
+        for parts in self._opened:
+            await parts.aclose()
+
+    async def embed(self, expert: str, request: ExpertRequest, *, why: str) -> Part:
+        """The expert's embeddings."""
+        record, lane = self._begin(expert, why)
+        started = time.perf_counter()
+        try:
+            part = await lane.expert.embed(self._bounded(request))
+            record.usage = part.usage or Usage()
+            return part
+        except ExpertError as error:
+            record.error = _describe(error)
+            raise
+        finally:
+            self._end(lane, record, started)
+
+    async def _call(self, expert: str, request: ExpertRequest, why: str) -> AsyncGenerator[Part]:
+        record, lane = self._begin(expert, why)
+        started = time.perf_counter()
+        usage: Usage | None = None
+        refused = False
+        try:
+            request = self._bounded(request)
+            async with aclosing(cast("AsyncGenerator[Part]", lane.expert.generate(request))) as parts:
+                async for part in parts:
+                    if part.data:
+                        if record.first_part_s is None:
+                            record.first_part_s = time.perf_counter() - started
+                        record.parts += 1
+                    usage = part.usage or usage
+                    yield part
+        except ExpertError as error:
+            refused = not record.parts and not isinstance(error, ExpertTimeoutError)
+            record.error = _describe(error)
+            raise
+        except (GeneratorExit, asyncio.CancelledError):
+            record.error = None if usage else "cut off"
+            raise
+        finally:
+            record.usage = usage or (Usage() if refused else self._guess(record))
+            self._end(lane, record, started)
+
+    def _begin(self, expert: str, why: str) -> tuple[CallRecord, Lane]:
+        lane = self._lanes.get(expert)
+        if lane is None:
+            raise ExpertUnavailableError(f"there is no expert {expert!r}")
+        if self._ceiling_usd is not None and self._trace.calls and self._trace.cost_usd >= self._ceiling_usd:
+            raise ExpertUnavailableError(f"the policy's ceiling of {self._ceiling_usd} USD a request is reached")
+        lane.enter()
+        record = CallRecord(expert, why)
+        self._trace.calls.append(record)
+        return record, lane
+
+    def _end(self, lane: Lane, record: CallRecord, started: float) -> None:
+        lane.leave()
+        record.latency_s = time.perf_counter() - started
+        record.cost_usd = lane.card.cost(record.usage)
+        self._metrics.count_call(record)
+
+    def _bounded(self, request: ExpertRequest) -> ExpertRequest:
+        remaining_s = self._deadline - time.monotonic()
+        if remaining_s <= 0:
+            raise ExpertTimeoutError("the request's time is up")
+        if request.timeout_s <= remaining_s + _SLACK_S:
+            return request
+        return replace(request, timeout_s=remaining_s)
+
+    def _guess(self, record: CallRecord) -> Usage:
+        """The usage of a call that never told it: the prompt, and a token for each part."""
+        record.estimated = True
+        return Usage(input_tokens=self._input_tokens, output_tokens=record.parts)
+
+
+def _describe(error: ExpertError) -> str:
+    return f"{type(error).__name__}: {error}"

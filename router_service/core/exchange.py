@@ -1,0 +1,214 @@
+"""One question and its answer."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+from experts.expert import Endpoint, ExpertRequest, Part, Usage
+from router_service.core.admission import Reservation
+from router_service.core.caching import digest_of, is_complete, is_deterministic, reissue
+from router_service.core.calls import Caller
+from router_service.core.routing import Plan, stay_with
+from router_service.core.service import Service
+from router_service.core.trace import Trace
+from router_service.errors import BadRequestError, StateError, UnavailableError
+from router_service.state.ledger import LEDGER
+from routers.contracts import Decision, Query
+from routers.policy import check_able
+from routers.query import query_from_body
+
+logger = logging.getLogger(__name__)
+
+_ASSUMED_OUTPUT = 1024
+"""Output tokens that are reserved for a request that names no bound."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """A question: the client's JSON body, whose fields for the service itself are taken out."""
+
+    id: str
+    key: str
+    endpoint: Endpoint
+    body: Mapping[str, Any]
+    session: str | None = None
+
+
+class Exchange:
+    """Answers one question: `start`, then `piece` until it returns `None`, and always `finish`."""
+
+    def __init__(self, service: Service, ask: Ask) -> None:
+        self._service = service
+        self._ask = ask
+        self._started = time.perf_counter()
+        model = ask.body.get("model")
+        self.plan, self.expert = service.resolve(model)
+        self.query = query_from_body(ask.endpoint, ask.body, session=ask.session)
+        if self.expert:  # that its context is long enough it says itself: it counts tokens, we estimate them
+            check_able(service.cards[self.expert], replace(self.query, input_tokens=0, max_output_tokens=None))
+        policy_timeout_s = self.plan.policy.timeout_s if self.plan else None
+        self.timeout_s = min(service.settings.request_timeout_s, policy_timeout_s or math.inf)
+        self.trace = Trace(
+            id=ask.id,
+            at=time.time(),
+            key=ask.key,
+            endpoint=ask.endpoint,
+            model=str(model),
+            stream=bool(ask.body.get("stream")),
+            policy=self.plan.policy.name if self.plan else None,
+            text=self.query.text if service.settings.ledger_text else None,
+            session=self.query.session,
+        )
+        self.reservation = Reservation()
+        self._caller: Caller | None = None
+        self._parts: AsyncIterator[Part] | None = None
+        self._replay: list[bytes] = []
+        self._digest: str | None = None
+        self._kept: list[bytes] = []
+        self._finished = False
+
+    async def start(self) -> None:
+        """Admit the question, and find the answer in the cache or decide who gives it."""
+        self.reservation = await self._admit()
+        if await self._find_cached():
+            return
+        decision = await self._decide() if self.plan else None
+        self._parts = self._run(decision)
+
+    async def piece(self) -> bytes | None:
+        """The answer's next piece: the JSON of a chunk, or of the whole. `None` at the end."""
+        if self._replay:
+            return self._replay.pop(0)
+        if self._parts is None:
+            return None
+        async for part in self._parts:
+            if part.data:
+                if self.trace.first_part_s is None:
+                    self.trace.first_part_s = time.perf_counter() - self._started
+                if self._digest:
+                    self._kept.append(part.data)
+                return part.data
+        return None
+
+    async def finish(self, status: int, error: str | None = None) -> None:
+        """Stop what still runs, and record what was used. Only the first call counts."""
+        if self._finished:
+            return
+        self._finished = True
+        self.trace.status, self.trace.error = status, error
+        try:
+            if self._parts is not None:
+                await cast("AsyncGenerator[Part]", self._parts).aclose()
+            if self._caller is not None:
+                await self._caller.close()
+        finally:
+            self._record()
+
+    async def _admit(self) -> Reservation:
+        if self._service.ledger.full:
+            raise UnavailableError("usage cannot be recorded now", retry_after_s=1.0)
+        query = self.query
+        output = _ASSUMED_OUTPUT if query.max_output_tokens is None else query.max_output_tokens
+        usage = Usage(input_tokens=query.input_tokens, output_tokens=output)
+        cards = self.plan.cards if self.plan else [self._service.cards[cast("str", self.expert)]]
+        return await self._service.admission.admit(
+            self._ask.key,
+            tokens=query.input_tokens + output,
+            cost_usd=max(card.cost(usage) for card in cards),
+            policy=self.trace.policy,
+            policy_usd_per_day=self.plan.policy.usd_per_day if self.plan else None,
+        )
+
+    async def _find_cached(self) -> bool:
+        if (
+            not self.plan
+            or not self.plan.policy.cache_ttl_s
+            or not is_deterministic(self._ask.endpoint, self._ask.body)
+        ):
+            return False
+        self._digest = digest_of(self._ask.key, self._ask.endpoint, self._ask.body)
+        self.trace.cache = "miss"
+        try:
+            pieces = await self._service.cache.get(self._digest)
+        except StateError:
+            return False
+        if pieces:
+            self.trace.cache = "hit"
+            self._digest = None
+            self._replay = [reissue(piece, self._ask.id) for piece in pieces]
+        return bool(pieces)
+
+    async def _decide(self) -> Decision:
+        plan = cast("Plan", self.plan)
+        if self._ask.endpoint == "embeddings":
+            raise BadRequestError("vectors of different experts cannot be compared: name one expert", param="model")
+        started = time.perf_counter()
+        self.trace.decision = await decide(self._service, plan, self.query, self._ask.key)
+        self.trace.decision_s = time.perf_counter() - started
+        return self.trace.decision
+
+    def _run(self, decision: Decision | None) -> AsyncIterator[Part]:
+        ask = self._ask
+        request = ExpertRequest(id=ask.id, endpoint=ask.endpoint, body=ask.body, timeout_s=self.timeout_s)
+        self._caller = Caller(
+            self._service.lanes,
+            self.trace,
+            self._service.metrics,
+            deadline=time.monotonic() + self.timeout_s,
+            ceiling_usd=self.plan.policy.max_cost_usd if self.plan else None,
+            input_tokens=self.query.input_tokens,
+        )
+        if self.plan and decision:
+            return self.plan.strategy.run(decision, request, self._caller)
+        expert = cast("str", self.expert)
+        if ask.endpoint == "embeddings":
+            return _embed(self._caller, expert, request)
+        return self._caller(expert, request, why=_NAMED)
+
+    def _record(self) -> None:
+        trace, service = self.trace, self._service
+        trace.latency_s = time.perf_counter() - self._started
+        entry = {**trace.to_json(), "key": trace.key, "session": trace.session, "text": trace.text}
+        charges = self.reservation.settle(tokens=trace.tokens, cost_usd=trace.cost_usd)
+        service.ledger.record(LEDGER, entry, charges)
+        service.metrics.count_answer(trace)
+        if any(call.error for call in trace.calls):
+            service.health.suspect()
+        if trace.status == 200:
+            self._remember()
+
+    def _remember(self) -> None:
+        """Keep the answer and the session's expert, in the background."""
+        if not self.plan:
+            return
+        policy = self.plan.policy
+        if self._digest and policy.cache_ttl_s and is_complete(self._kept):
+            put = self._service.cache.put(self._digest, self._kept, ttl_s=policy.cache_ttl_s)
+            self._service.spawn(put)
+        if policy.session_ttl_s and self.query.session and self.trace.expert:
+            session = (self._ask.key, policy.name, self.query.session)
+            self._service.spawn(self._service.sessions.put(session, self.trace.expert, ttl_s=policy.session_ttl_s))
+
+
+_NAMED = "the caller named it"
+
+
+async def decide(service: Service, plan: Plan, query: Query, key: str) -> Decision:
+    """The plan's decision; the session's expert stands first where the policy keeps sessions together."""
+    decision = await plan.decide(query, service.health.down)
+    if not plan.policy.session_ttl_s or not query.session:
+        return decision
+    try:
+        held = await service.sessions.get((key, plan.policy.name, query.session))
+    except StateError:
+        return decision
+    return stay_with(decision, held) if held else decision
+
+
+async def _embed(caller: Caller, expert: str, request: ExpertRequest) -> AsyncIterator[Part]:
+    yield await caller.embed(expert, request, why=_NAMED)

@@ -1,0 +1,159 @@
+"""The service: what stays from request to request, and the way of a request through it.
+
+admission -> cache -> Router.estimate -> Policy.choose -> Strategy.run -> ledger
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+
+from experts.cards import ExpertCard
+from experts.expert import Expert
+from router_service.core.admission import Admission, Gate
+from router_service.core.calls import Lane
+from router_service.core.health import HealthMonitor
+from router_service.core.routing import Plan, RouterSlot, watch_promotions
+from router_service.errors import BadRequestError, ModelNotFoundError, StateError
+from router_service.metrics import Metrics
+from router_service.settings import Settings
+from router_service.state.cache import AnswerCache, Sessions
+from router_service.state.ledger import LedgerWriter
+from router_service.state.link import RedisLink
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_POLICY = "auto"
+_OWN = ("local", "adapter")
+
+
+class Service:
+    """Experts, plans (policies in service) and state. `start` and `close` bracket its life."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        link: RedisLink,
+        *,
+        experts: Mapping[str, Expert],
+        cards: Sequence[ExpertCard],
+        plans: Mapping[str, Plan],
+        metrics: Metrics,
+    ) -> None:
+        self.settings = settings
+        self.link = link
+        self.metrics = metrics
+        self.cards = {card.name: card for card in cards}
+        self.experts = experts
+        self.plans = plans
+        self.lanes = {
+            name: Lane(self.cards[name], expert, limit=settings.max_calls_per_expert)
+            for name, expert in experts.items()
+        }
+        self.admission = Admission(settings, link)
+        self.gate = Gate(settings.max_concurrency)
+        self.cache = AnswerCache(link)
+        self.sessions = Sessions(link)
+        self.ledger = LedgerWriter(link, settings.data_folder / "spool", max_entries=settings.ledger_max_entries)
+        self.health = HealthMonitor(experts, metrics)
+        self._slots: list[RouterSlot] = list({id(plan.slot): plan.slot for plan in plans.values()}.values())
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Begin to watch Redis, routers and experts; `unready` says what is missing until they are there."""
+        await self.link.probe()
+        self.ledger.start()
+        for watch in (self.link.watch(), self.health.watch(), watch_promotions(self.link, self._slots)):
+            self.spawn(watch)
+
+    async def close(self) -> None:
+        """Let nobody in, wait for requests under way, and put all that was recorded where it is safe."""
+        await self.gate.close(self.settings.shutdown_grace_s)
+        await self.ledger.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for slot in self._slots:
+            slot.close()
+        for expert in self.experts.values():
+            await expert.close()
+        await self.link.close()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Run `work` in the background, at most until the service closes. State that is away is no error there."""
+        task = asyncio.create_task(_without_state(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            logger.error("background work failed", exc_info=error)
+
+    def resolve(self, model: Any) -> tuple[Plan | None, str | None]:
+        """The plan or the expert that `model` names. Raises `BadRequestError`, `ModelNotFoundError`."""
+        if not isinstance(model, str) or not model:
+            raise BadRequestError("'model' must be the name of an expert or policy", param="model")
+        if model in self.lanes:
+            return None, model
+        prefix, colon, name = model.partition(":")
+        if prefix == DEFAULT_POLICY and (plan := self.plans.get(name if colon else DEFAULT_POLICY)):
+            return plan, None
+        raise ModelNotFoundError(
+            f"there is no model {model[:128]!r}: GET /v1/models lists those there are", param="model"
+        )
+
+    def unready(self) -> list[str]:
+        """Why the service cannot do what it was configured to do; empty when it can."""
+        reasons = ["shutting down"] if self.gate.closed else []
+        for slot in self._slots:
+            if not slot.loaded:
+                reasons.append(slot.fault or f"router {slot.name!r} is being loaded")
+        if not self.health.looked:
+            reasons.append("experts have not been asked yet")
+        elif loading := self._loading():
+            reasons.append(f"experts are being loaded: {', '.join(loading)}")
+        elif self.experts and len(self.health.down) == len(self.experts):
+            reasons.append("every expert is down")
+        if not self.link.up and (self.settings.limits_fail == "closed" or not self.link.seen):
+            reasons.append("Redis cannot be reached")
+        if self.ledger.fault:
+            reasons.append(f"the ledger cannot be written: {self.ledger.fault}")
+        return reasons
+
+    def _loading(self) -> list[str]:
+        """The models of our own that were never up since the start."""
+        return [name for name, card in self.cards.items() if card.kind in _OWN and name not in self.health.seen]
+
+    def status(self) -> dict[str, Any]:
+        """What `/readyz` answers."""
+        reasons = self.unready()
+        return {
+            "ready": not reasons,
+            "reasons": reasons,
+            "experts": {name: "down" if name in self.health.down else "up" for name in self.experts},
+            "routers": {slot.name: slot.fault or ("loaded" if slot.loaded else "loading") for slot in self._slots},
+            "promotions": self._promotions(),
+            "redis": "up" if self.link.up else "down",
+            "ledger_spool_entries": self.ledger.depth,
+        }
+
+    def _promotions(self) -> dict[str, Any]:
+        """What each router's answers come from, where every policy that uses it has taken the same promotion over."""
+        in_use = {slot.name: {other.in_use for other in self._slots if other.name == slot.name} for slot in self._slots}
+        return {name: one.to_json() for name, (one, *others) in in_use.items() if one and not others}
+
+    def render_metrics(self) -> bytes:
+        """Prometheus' text."""
+        self.metrics.in_flight.set(self.gate.under_way)
+        self.metrics.redis_up.set(self.link.up)
+        self.metrics.spool_depth.set(self.ledger.depth)
+        return self.metrics.render()
+
+
+async def _without_state(work: Coroutine[Any, Any, None]) -> None:
+    with suppress(StateError):
+        await work

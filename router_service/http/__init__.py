@@ -1,0 +1,1 @@
+"""The HTTP interface: a plain ASGI application in OpenAI's wire format."""

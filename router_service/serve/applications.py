@@ -1,0 +1,176 @@
+"""The Serve applications: one for each group of experts, and the ingress that serves HTTP and calls them.
+
+Each is an application of its own, so that the ingress can be drained while the experts still answer it, and one group
+changed while the others stay. A Serve config names the same builders (`deploy/serve/pocket.yaml`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+from ray.serve import Application
+
+from experts.build import build_group
+from experts.errors import ExpertConfigError, ExpertError
+from experts.expert import Expert, Part
+from experts.fleet import POCKET_FLEET, ExpertGroup, Resources, load_fleet
+from router_service.serve.wire import ACCEPTED, Reply, Request, pack_error, pack_part, unpack_request
+from router_service.settings import read_settings
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from router_service.http.application import Application as AsgiApplication
+
+INGRESS = "router"
+"""The ingress's application."""
+
+EXPERTS = "Experts"
+"""The deployment of every group, each in an application of its own."""
+_NO_LIMIT = 1_000_000
+_LOGGING = {"enable_access_log": False}
+"""The ledger says who asked what; a line for each request would cost as much as routing it."""
+
+_HEALTH_PERIOD_S = 5.0
+_HEALTH_TIMEOUT_S = 30.0
+
+
+class IngressArgs(BaseModel):
+    """What the ingress serves. Everything else comes from the environment (`router_service.settings`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fleet: Path = POCKET_FLEET
+    policies: Path | None = None
+    replicas: int = Field(default=1, ge=1)
+
+
+class ExpertsArgs(BaseModel):
+    """One group of a fleet: the local model (with its adapters), or the remote expert, of that name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fleet: Path = POCKET_FLEET
+    group: str
+
+
+class ExpertReplica:
+    """Hosts the experts of one group; `wire` says what comes in and what goes out."""
+
+    def __init__(self, group: ExpertGroup) -> None:
+        self._experts = build_group(group)
+        self._restartable = group.head.local is not None
+
+    async def generate(self, name: str, request: Request) -> AsyncIterator[Reply]:
+        """The reply of the expert `name`, part by part, after the word that it is in work."""
+        yield ACCEPTED
+        try:
+            parts = cast("AsyncGenerator[Part]", self._experts[name].generate(unpack_request(request)))
+            async with aclosing(parts):
+                async for part in parts:
+                    yield pack_part(part)
+        except ExpertError as error:
+            yield pack_error(error)
+
+    async def embed(self, name: str, request: Request) -> Reply:
+        """The embeddings, or the error, of the expert `name`."""
+        try:
+            return pack_part(await self._experts[name].embed(unpack_request(request)))
+        except ExpertError as error:
+            return pack_error(error)
+
+    async def healthy(self, name: str) -> bool:
+        """Whether the expert `name` could answer now."""
+        return await self._experts[name].healthy()
+
+    async def check_health(self) -> None:
+        """Serve's question. A local model that is not healthy gets a new replica; a remote one is as well off here."""
+        if self._restartable:
+            for name, expert in self._experts.items():
+                if not await expert.healthy():
+                    raise RuntimeError(f"expert {name!r} is not healthy")
+
+    async def __del__(self) -> None:
+        for expert in getattr(self, "_experts", {}).values():
+            await expert.close()
+
+
+def experts(args: ExpertsArgs) -> Application:
+    """The application of one group of experts, with the resources that the fleet file gives it."""
+    groups = {group.name: group for group in load_fleet(args.fleet).groups}
+    if args.group not in groups:
+        known = ", ".join(map(repr, groups)) or "none"
+        raise ExpertConfigError(f"fleet file {str(args.fleet)!r} deploys no group {args.group!r}; these are: {known}")
+    group = groups[args.group]
+    deployment = serve.deployment(ExpertReplica).options(
+        name=EXPERTS,
+        ray_actor_options={"num_cpus": group.resources.cpus, "num_gpus": group.resources.gpus},
+        logging_config=_LOGGING,
+        max_ongoing_requests=group.resources.max_ongoing_requests,
+        max_queued_requests=group.resources.max_ongoing_requests,
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=read_settings().shutdown_grace_s,
+        **_scale(group.resources),
+    )
+    return deployment.bind(group)
+
+
+def ingress(args: IngressArgs) -> Application:
+    """The application that serves HTTP: admission, routing, policies, cache, and the calls to remote experts."""
+    settings = read_settings()
+
+    def build() -> AsgiApplication:
+        return _assemble(args)
+
+    deployment = serve.deployment(serve.ingress(build)()).options(
+        name="Ingress",
+        logging_config=_LOGGING,
+        num_replicas=args.replicas,
+        ray_actor_options={"num_cpus": 0},
+        # The application counts its requests itself and refuses with 429; Serve would refuse with 503.
+        max_ongoing_requests=_NO_LIMIT,
+        health_check_period_s=_HEALTH_PERIOD_S,
+        health_check_timeout_s=_HEALTH_TIMEOUT_S,
+        graceful_shutdown_timeout_s=settings.shutdown_grace_s,
+    )
+    return deployment.bind()
+
+
+def experts_app(group: str) -> str:
+    """The name of the application of a group. `~` is in no expert's name, and a `/` would split Serve's log files."""
+    return f"experts-{group.replace('/', '~')}"
+
+
+def _scale(resources: Resources) -> dict[str, Any]:
+    scaling = resources.autoscaling
+    if scaling is None:
+        return {"num_replicas": resources.replicas or 1}
+    bounds = {"min_replicas": scaling.min, "max_replicas": scaling.max, "target_ongoing_requests": scaling.target}
+    return {"autoscaling_config": bounds}
+
+
+def _assemble(args: IngressArgs) -> AsgiApplication:
+    """The ASGI application in an ingress replica: groups are called over handles, other experts from here."""
+    from experts.build import build_remotes
+    from router_service.assembly import assemble, read_policies
+
+    fleet = load_fleet(args.fleet)
+    built: dict[str, Expert] = dict(build_remotes(fleet.proxied))
+    for group in fleet.groups:
+        built |= _handle_experts(group)
+    return assemble(read_settings(), fleet, built, read_policies(args.policies, fleet))
+
+
+def _handle_experts(group: ExpertGroup) -> dict[str, Expert]:
+    from router_service.serve.handle import ACCEPT_TIMEOUT_S, HandleExpert
+
+    scaling = group.resources.autoscaling
+    accept_timeout_s = None if scaling and scaling.min == 0 else ACCEPT_TIMEOUT_S
+    handle = serve.get_deployment_handle(EXPERTS, app_name=experts_app(group.name))
+    return {entry.name: HandleExpert(entry.name, handle, accept_timeout_s=accept_timeout_s) for entry in group.entries}

@@ -1,0 +1,52 @@
+"""What crosses a handle comes out as it went in."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from experts.errors import (
+    ExpertConfigError,
+    ExpertError,
+    ExpertRequestError,
+    ExpertTimeoutError,
+    ExpertUnavailableError,
+)
+from experts.expert import ExpertRequest, Part, Usage
+from router_service.serve.wire import ACCEPTED, pack_error, pack_part, pack_request, unpack_reply, unpack_request
+
+REQUEST = ExpertRequest(id="a", endpoint="completions", body={"prompt": "héllo", "stop": None, "n": 1}, timeout_s=1.5)
+
+
+def test_requests_cross() -> None:
+    assert unpack_request(pickle.loads(pickle.dumps(pack_request(REQUEST)))) == REQUEST
+
+
+@pytest.mark.parametrize("part", [Part(b"{}"), Part(b"", Usage(1, 2, 3)), Part(b"x" * 70_000, Usage())])
+def test_parts_cross(part: Part) -> None:
+    assert unpack_reply(pickle.loads(pickle.dumps(pack_part(part)))) == part
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ExpertRequestError("too long", status=422, param="messages", code="context_length_exceeded"),
+        ExpertUnavailableError("busy", retry_after_s=2.0),
+        ExpertTimeoutError("late"),
+    ],
+)
+def test_errors_cross_with_their_fields(error: ExpertError) -> None:
+    with pytest.raises(type(error)) as caught:
+        unpack_reply(pickle.loads(pickle.dumps(pack_error(error))))
+    assert str(caught.value) == str(error)
+    assert vars(caught.value) == vars(error)
+
+
+def test_an_error_of_another_class_counts_as_unavailable() -> None:
+    with pytest.raises(ExpertUnavailableError, match="ExpertConfigError: no weights"):
+        unpack_reply(pack_error(ExpertConfigError("no weights")))
+
+
+def test_the_word_that_a_request_is_in_work_is_an_empty_part() -> None:
+    assert unpack_reply(ACCEPTED) == Part(b"")
