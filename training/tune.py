@@ -23,6 +23,13 @@ from training.manifest import Trial
 
 _OBJECT_STORE_BYTES = 200 << 20  # holds the table once, for all trials
 
+_QUIET = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one writes to stdout, which is the result's
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+}
+
 Evaluate = Callable[[Mapping[str, Any]], float]
 """The AIQ on the validation part that a router with these options reaches. It is pickled to Ray's workers."""
 
@@ -49,6 +56,7 @@ def search(
     first = {name: start[name] for name in space if name in start}
     with _ray():
         from ray import tune
+        from ray.tune.logger import JsonLoggerCallback
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
         tuner = tune.Tuner(
@@ -61,7 +69,10 @@ def search(
                 search_alg=BasicVariantGenerator(points_to_evaluate=[first], random_state=seed),
             ),
             run_config=tune.RunConfig(
-                name="trials", storage_path=str(folder / "ray"), verbose=0, callbacks=[_progress(on_trial)]
+                name="trials",
+                storage_path=str(folder / "ray"),
+                verbose=0,
+                callbacks=[JsonLoggerCallback(), _progress(on_trial)],
             ),
         )
         results = tuner.fit()
@@ -115,7 +126,7 @@ def _ray() -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="tune-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         cluster = bool(os.environ.get("RAY_ADDRESS"))
         private = {} if cluster else {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        for name, value in {**private, "RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_USAGE_STATS_ENABLED": "0"}.items():
+        for name, value in {**_QUIET, **private}.items():
             os.environ.setdefault(name, value)  # Ray reads them when it is imported
         import ray
 

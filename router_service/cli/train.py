@@ -106,7 +106,7 @@ def _as_job(
 
     server = job_server(address)
     job_id = submit(server, _command(spec, config, resume), working_dir)
-    errors.print(f"job {job_id}: follow it with `ray job logs -f {job_id}`, end it with `ray job stop {job_id}`")
+    errors.print(f"job {job_id}: `ray job logs -f`, `ray job stop` and the like know it by this name", soft_wrap=True)
     if not wait:
         return None
     asyncio.run(follow(server, job_id, _pass_on))

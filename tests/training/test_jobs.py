@@ -193,6 +193,22 @@ async def test_a_job_that_fails_fails_the_command(ray_head: dict[str, str], tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
+async def test_a_tune_in_a_job_runs_on_its_cluster_and_is_seeded(ray_head: dict[str, str], tmp_path: Path) -> None:
+    table = small_table(tmp_path / "table", 60)
+    arguments = ["--observations", str(table), "--trials", "3", "--seed", "7"]
+    one = await train(ray_head, *arguments, "--out", str(tmp_path / "one"), "--submit")
+    assert len(one["trials"]) == 3
+    assert one["trials"] == sorted(one["trials"], key=lambda trial: -trial["aiq"])
+    assert one["metrics"]["aiq"] == pytest.approx(one["trials"][0]["aiq"], abs=1e-6)
+    assert one["config"].items() >= one["trials"][0]["config"].items()
+    local = {name: value for name, value in ray_head.items() if name != "RAY_ADDRESS"}
+    again = await train(local, *arguments, "--out", str(tmp_path / "two"))
+    assert [trial["config"] for trial in again["trials"]] == [trial["config"] for trial in one["trials"]]
+    arrays = [(tmp_path / name / "router.safetensors").read_bytes() for name in ("one", "two")]
+    assert arrays[0] == arrays[1]
+
+
 def test_no_job_server_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "")
     (port,) = free_ports(1)
