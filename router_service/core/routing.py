@@ -18,7 +18,7 @@ from router_service.metrics import Metrics
 from router_service.state.link import RedisLink
 from router_service.state.pointer import Promotion, promotions
 from routers.contracts import Decision, Estimates, Query, Router, Strategy
-from routers.errors import RoutingError
+from routers.errors import NoExpertError, RoutingError
 from routers.policy import Policy, RouterChoice
 
 logger = logging.getLogger(__name__)
@@ -99,14 +99,23 @@ class Plan:
     cards: Sequence[ExpertCard]
 
     async def decide(self, query: Query, down: frozenset[str]) -> Decision:
-        """The policy's choice among the experts that are not down. Raises `NoExpertError`."""
+        """The policy's choice among the experts that are up; those that are down come last. Raises `NoExpertError`.
+
+        What is known of an expert's health is some seconds old: one that was down may be the only one that is left.
+        """
         estimates = await self.slot.estimate(query)
+        whole = self.policy.choose(estimates, self.cards, query)
+        last = [candidate for candidate in whole.ranking if candidate.expert in down]
         up = [i for i, card in enumerate(self.cards) if card.name not in down]
-        if not down or not up:  # with every expert down, each may still be tried
-            return self.policy.choose(estimates, self.cards, query)
-        decision = self.policy.choose(_columns(estimates, up), [self.cards[i] for i in up], query)
-        unhealthy = {card.name: "it is down" for card in self.cards if card.name in down}
-        return replace(decision, removed={**decision.removed, **unhealthy})
+        if not last or not up:
+            return whole
+        try:
+            decision = self.policy.choose(_columns(estimates, up), [self.cards[i] for i in up], query)
+        except NoExpertError:
+            return whole
+        names = ", ".join(candidate.expert for candidate in last)
+        reason = f"{decision.reason}; tried last, being down: {names}"
+        return replace(decision, ranking=[*decision.ranking, *last], reason=reason)
 
 
 async def watch_promotions(link: RedisLink, slots: Sequence[RouterSlot]) -> None:

@@ -56,6 +56,20 @@ def test_a_local_expert_killed_in_mid_flight_is_replaced_by_the_next(stack: Stac
     eventually(lambda: stack.chat(LOCAL).status_code == 200, 60.0)
 
 
+def test_a_remote_service_killed_in_mid_flight_is_replaced_by_a_local_expert(stack: Stack) -> None:
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(stack.chat, "auto:doomed-first")
+        eventually(lambda: httpx.get(f"{stack.doomed.url}/stats", trust_env=False).json())
+        stack.doomed.process.kill()
+        response = answer.result()
+    assert response.status_code == 200, response.text
+    trace = response.json()["router"]
+    assert [call["expert"] for call in trace["calls"]] == ["doomed", LOCAL]
+    assert trace["calls"][0]["error"].startswith("ExpertUnavailableError")
+    assert trace["status"] == 200
+    eventually(lambda: trace["id"] in {entry["id"] for entry in stack.ledger()})
+
+
 def test_a_client_that_hangs_up_stops_the_generation(stack: Stack) -> None:
     body = {"model": "endless", "stream": True, "messages": [{"role": "user", "content": "go on"}]}
     with stack.http.stream("POST", "/v1/chat/completions", json=body) as response:

@@ -147,13 +147,15 @@ async def test_a_promoted_router_is_swapped_in_without_a_failed_request(
         await eventually(lambda: _says(service, '"best":"loaded"'))
 
 
-async def test_experts_that_are_down_are_left_out(redis_server: RedisProcess) -> None:
+async def test_experts_that_are_down_are_tried_last(redis_server: RedisProcess) -> None:
     good, other = FakeExpert("good"), FakeExpert("other")
     good.up = False
     async with serving(redis_server, good, other) as service:
         response = await service.chat(router={"trace": True})
         assert response.headers["x-router-expert"] == "other"
-        assert response.json()["router"]["decision"]["removed"] == {"good": "it is down"}
+        decision = response.json()["router"]["decision"]
+        assert [candidate["expert"] for candidate in decision["ranking"]] == ["other", "good"]
+        assert "tried last, being down: good" in decision["reason"]
         other.up = False
         service.application.service.health.suspect()
         await eventually(lambda: _says(service, "every expert is down"))
