@@ -53,9 +53,17 @@ class TextFeatures:
 
     def __call__(self, texts: Sequence[str]) -> FloatArray:
         """The features of `texts`, row by row."""
-        shapes = np.array([_shape(text) for text in texts], np.float32).reshape(len(texts), -1)
-        words = [_direction(text, self.projection) for text in texts]
-        return np.hstack([(shapes - self.centre) * self.scale, np.array(words, np.float32).reshape(len(texts), -1)])
+        found = np.empty((len(texts), self.centre.size + self.projection.shape[1] - 1), np.float32)
+        for row, text in zip(found, texts, strict=True):
+            row[: self.centre.size] = (_shape(text) - self.centre) * self.scale
+            row[self.centre.size :] = _direction(text, self.projection)
+        return found
+
+    def beside(self, embeddings: FloatArray, texts: Sequence[str], weight: float) -> FloatArray:
+        """Where `texts` lie when these features count `weight` times beside their `embeddings` [B, D]: unit vectors."""
+        both = np.hstack([embeddings, np.float32(weight) * self(texts)])
+        placed: FloatArray = both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), np.float32(1e-9))
+        return placed
 
     def arrays(self) -> dict[str, AnyArray]:
         """For an artefact."""
