@@ -67,7 +67,7 @@ class KnnRouter(FittedRouter[KnnConfig]):
     def _row(self, place: FloatArray) -> FloatArray:
         """Quality, output tokens and the standard error of quality for one query, [3, K]."""
         nearest, weights = self._neighbours(place)
-        rows, experts = self._rows[nearest], len(self.cards)
+        rows, experts = self._rows.take(nearest, axis=0), len(self.cards)
         sums = (weights @ rows).reshape(5, experts)
         shrinkage, usual = self.config.shrinkage, self._means
         total = sums[3:] + shrinkage
