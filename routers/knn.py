@@ -22,6 +22,8 @@ from routers.contracts import FloatArray, Observations
 from routers.search_space import Range
 from routers.text_features import TextFeatures
 
+_DIRECTIONS = 256  # looking for neighbours is bound by memory: half of it is read, and the neighbours are as good
+
 
 class KnnConfig(RouterConfig):
     """`k` neighbours; `temperature` in cosine, small trusts the nearest alone; `shrinkage` in neighbours.
@@ -43,7 +45,9 @@ class KnnRouter(FittedRouter[KnnConfig]):
 
     def _fit(self, table: Observations, embeddings: FloatArray) -> None:
         self._features = TextFeatures.fit(table.texts, self.config.seed)
-        places = self._features.beside(embeddings, table.texts, self.config.text_weight)
+        both = self._features.beside(embeddings, table.texts, self.config.text_weight)
+        self._directions = _directions(both)
+        places = both @ self._directions.T
         # Half precision halves the artefact; rounding here too keeps a loaded router equal to the fitted one.
         self._take(places.astype(np.float16), table.quality, table.output_tokens)
 
@@ -59,8 +63,8 @@ class KnnRouter(FittedRouter[KnnConfig]):
     def _predict(self, texts: Sequence[str], embeddings: FloatArray) -> Prediction:
         # One by one: a product of matrices rounds otherwise than that of a vector, which would turn ties among the
         # neighbours, and a query's estimates would hang on its batch.
-        places = self._features.beside(embeddings, texts, self.config.text_weight)
-        rows = np.array([self._row(place) for place in places], np.float32)
+        both = self._features.beside(embeddings, texts, self.config.text_weight)
+        rows = np.array([self._row(self._directions @ place) for place in both], np.float32)
         quality, output_tokens, uncertainty = rows.reshape(-1, 3, len(self.cards)).swapaxes(0, 1)
         return Prediction(quality, output_tokens, uncertainty)
 
@@ -87,10 +91,23 @@ class KnnRouter(FittedRouter[KnnConfig]):
         return nearest, weights
 
     def _arrays(self) -> Mapping[str, AnyArray]:
-        return {"knn.places": self._half, "knn.observed": self._observed, **self._features.arrays()}
+        return {
+            "knn.places": self._half,
+            "knn.directions": self._directions,
+            "knn.observed": self._observed,
+            **self._features.arrays(),
+        }
 
     def _restore(self, artefact: Artefact) -> None:
         self._features = TextFeatures.restore(artefact)
-        places = artefact.array("knn.places", None, None)
+        self._directions = artefact.array("knn.directions", None, None)
+        places = artefact.array("knn.places", None, len(self._directions))
         observed = artefact.array("knn.observed", len(places), 2, len(self.cards))
         self._take(places.astype(np.float16), observed[:, 0], observed[:, 1])
+
+
+def _directions(places: FloatArray) -> FloatArray:
+    """The orthonormal directions [at most 256, D] that keep most of `places` [Q, D] and so of their cosines."""
+    _, directions = np.linalg.eigh(places.T @ places)
+    kept: FloatArray = np.ascontiguousarray(directions.T[::-1][:_DIRECTIONS])
+    return kept
