@@ -14,7 +14,7 @@ import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import Self, cast
 
 import numpy as np
 
@@ -118,7 +118,7 @@ def _direction(text: str, projection: FloatArray) -> FloatArray:
     places = np.fromiter(counts, np.intp, len(counts))
     rows = projection.take(places, axis=0)
     weights = _weights(counts) * rows[:, 0]
-    projected: FloatArray = weights @ rows[:, 1:]
+    projected = cast("FloatArray", weights @ rows[:, 1:])
     return projected * _WORD_WEIGHT / (float(np.linalg.norm(weights)) or 1.0)
 
 
