@@ -123,7 +123,10 @@ def _speed_of(name: str, bench: Bench, table: Table, whole: Table) -> Json:
         "router": name,
         "experts": len(table.cards),
         "evaluate_s": seconds,
-        **{f"decision_ms_{p}": asdict(found) for p, found in times.items()},
+        **{
+            f"decision_ms_{part}": {key: round(ms, 3) for key, ms in asdict(found).items()}
+            for part, found in times.items()
+        },
     }
 
 
