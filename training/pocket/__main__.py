@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from training.pocket.fleet import BASE, FLEET, GENERALIST, Member
@@ -50,10 +51,12 @@ def _grade(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from training.pocket.train import train
+    from training.pocket.train import RECIPES, train
 
     for name in args.members:
-        train(name, args.folder, args.work, args.seed)
+        given = {field: value for field in ("steps", "lr") if (value := getattr(args, field)) is not None}
+        recipe = replace(RECIPES[name], **given)
+        train(name, args.folder, args.work, args.seed, recipe, from_weights=args.from_weights)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -107,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     sub = command("train", _train, "Train members of the fleet, or go on from their checkpoints.")
     sub.add_argument("members", nargs="+", choices=(BASE, GENERALIST, *SKILLS), metavar="MEMBER")
     _add_folders(sub)
+    sub.add_argument("--from-weights", action="store_true", help="go on from the weights in the fleet's folder")
+    sub.add_argument("--steps", type=int, help="optimizer steps, instead of the recipe's")
+    sub.add_argument("--lr", type=float, help="peak learning rate, instead of the recipe's")
     sub = command("evaluate", _evaluate, "Measure every expert on held-out questions.")
     _add_folders(sub)
     sub.add_argument("--one", type=int, default=1100, help="one-skill questions")
