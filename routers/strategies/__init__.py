@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -13,6 +14,10 @@ from routers.strategies.base import BaseStrategy
 
 _STRATEGIES = {
     "single": "routers.strategies.single:SingleStrategy",
+    "cascade": "routers.strategies.cascade:CascadeStrategy",
+    "vote": "routers.strategies.vote:VoteStrategy",
+    "mixture_of_agents": "routers.strategies.mixture_of_agents:MixtureOfAgentsStrategy",
+    "self_moa": "routers.strategies.mixture_of_agents:SelfMoaStrategy",
 }
 
 
@@ -29,7 +34,7 @@ def create_strategy(policy: Policy) -> Strategy:
             f"policy {policy.name!r}: no strategy is named {name!r}; known are {', '.join(strategy_names())}"
         )
     module, _, attribute = _STRATEGIES[name].partition(":")
-    found: type[BaseStrategy] = getattr(import_module(module), attribute)
+    found: type[BaseStrategy[Any]] = getattr(import_module(module), attribute)
     try:
         return found(policy.fallbacks, policy.strategy.options)
     except ValidationError as error:

@@ -23,6 +23,7 @@ from training.pocket.aggregation import aggregation_lesson
 from training.pocket.curriculum import lesson
 from training.pocket.fleet import BASE, GENERALIST
 from training.pocket.model import (
+    COMPUTE,
     FullMasters,
     LoraMasters,
     Masters,
@@ -273,7 +274,7 @@ def train(
     if name in SKILLS:
         if not (folder / BASE / "config.json").exists():
             raise PocketError(f"no trained base in {str(folder / BASE)!r}: train 'base' first")
-        model = load_model(folder / BASE).to(torch.bfloat16).train()
+        model = load_model(folder / BASE).to(COMPUTE).train()
         lora = LoraMasters(model, seed)
         loss = run_loop(name, recipe, seed, model, lora, checkpoint, stop_at)
         if stop_at is None:
@@ -289,4 +290,4 @@ def train(
 def _restart(folder: Path) -> "LlamaForCausalLM":
     if not (folder / "config.json").exists():
         raise PocketError(f"no trained model in {str(folder)!r} to go on from")
-    return load_model(folder).to(torch.bfloat16).train()
+    return load_model(folder).to(COMPUTE).train()
