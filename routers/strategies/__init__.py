@@ -7,7 +7,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from routers.contracts import Strategy
 from routers.errors import RouterConfigError
 from routers.policy import Policy
 from routers.strategies.base import BaseStrategy
@@ -26,7 +25,7 @@ def strategy_names() -> list[str]:
     return sorted(_STRATEGIES)
 
 
-def create_strategy(policy: Policy) -> Strategy:
+def create_strategy(policy: Policy) -> BaseStrategy[Any]:
     """The strategy that `policy` names, with its options and fallbacks. Raises `RouterConfigError`."""
     name = policy.strategy.name
     if name not in _STRATEGIES:
@@ -36,6 +35,13 @@ def create_strategy(policy: Policy) -> Strategy:
     module, _, attribute = _STRATEGIES[name].partition(":")
     found: type[BaseStrategy[Any]] = getattr(import_module(module), attribute)
     try:
-        return found(policy.fallbacks, policy.strategy.options)
+        strategy = found(policy.fallbacks, policy.strategy.options)
     except ValidationError as error:
         raise RouterConfigError(f"policy {policy.name!r}, strategy {name!r}: {error}") from error
+    most = policy.ceilings.calls
+    if most is not None and most < strategy.least_calls:
+        raise RouterConfigError(
+            f"policy {policy.name!r}: the strategy {name!r} needs {strategy.least_calls} calls, "
+            f"and `ceilings.calls` leaves it {most}"
+        )
+    return strategy

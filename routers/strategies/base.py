@@ -33,6 +33,16 @@ class BaseStrategy(ABC, Generic[OptionsT]):
         self.fallbacks = fallbacks or Fallbacks()
         self.options: OptionsT = self.options_type.model_validate(dict(options or {}))
 
+    @property
+    def experts(self) -> frozenset[str]:
+        """The experts that the options name."""
+        return frozenset()
+
+    @property
+    def least_calls(self) -> int:
+        """How many calls it needs to be what it is, where nothing fails."""
+        return 1
+
     @abstractmethod
     def run(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncIterator[Part]:
         """Answer `request` by calling experts of `decision`."""

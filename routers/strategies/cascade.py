@@ -51,6 +51,11 @@ class CascadeStrategy(BaseStrategy[CascadeOptions]):
     name = "cascade"
     options_type = CascadeOptions
 
+    @property
+    def experts(self) -> frozenset[str]:
+        """Those named as steps."""
+        return frozenset(self.options.experts)
+
     async def run(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncGenerator[Part, None]:
         """The parts of the first answer accepted, or of the last step's.
 

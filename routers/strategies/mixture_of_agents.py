@@ -135,6 +135,16 @@ class MixtureOfAgentsStrategy(_Aggregating[MixtureOfAgentsOptions]):
     name = "mixture_of_agents"
     options_type = MixtureOfAgentsOptions
 
+    @property
+    def experts(self) -> frozenset[str]:
+        """The proposers named, and the aggregator."""
+        return frozenset({*self.options.experts, *filter(None, [self.options.aggregator])})
+
+    @property
+    def least_calls(self) -> int:
+        """Every proposal, and the aggregation."""
+        return (len(self.options.experts) or self.options.proposers) + 1
+
     def _asks(self, decision: Decision, request: ExpertRequest) -> list[Ask]:
         named = self.options.experts
         proposers = chosen(decision, named) if named else decision.ranking[: self.options.proposers]
@@ -149,6 +159,16 @@ class SelfMoaStrategy(_Aggregating[SelfMoaOptions]):
 
     name = "self_moa"
     options_type = SelfMoaOptions
+
+    @property
+    def experts(self) -> frozenset[str]:
+        """The expert sampled, and the aggregator."""
+        return frozenset(filter(None, [self.options.expert, self.options.aggregator]))
+
+    @property
+    def least_calls(self) -> int:
+        """Every sample, and the aggregation."""
+        return self.options.samples + 1
 
     def _asks(self, decision: Decision, request: ExpertRequest) -> list[Ask]:
         expert = chosen(decision, [self.options.expert] if self.options.expert else [])[0].expert

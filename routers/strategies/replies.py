@@ -155,12 +155,12 @@ async def collect_all(
     call: Call, asks: Sequence[Ask], request: ExpertRequest, *, by: float
 ) -> AsyncGenerator[tuple[int, Reply | ExpertError], None]:
     """Replies to concurrent calls as they come, each with its place in `asks`; closing it ends those under way."""
-    places = {asyncio.ensure_future(collect(call, ask, request, by=by)): place for place, ask in enumerate(asks)}
-    waiting: set[asyncio.Future[Reply]] = set(places)
+    places = {asyncio.create_task(collect(call, ask, request, by=by)): place for place, ask in enumerate(asks)}
+    waiting = set(places)
     try:
         while waiting:
             done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            for task in sorted(done, key=places.__getitem__):
+            for task in sorted(done, key=lambda task: places[task]):
                 error = task.exception()
                 if error is None:
                     yield places[task], task.result()
@@ -183,7 +183,7 @@ def normalised(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip().lower().removesuffix(".")
 
 
-async def _cancelled(tasks: Iterable[asyncio.Future[Reply]]) -> None:
+async def _cancelled(tasks: Iterable[asyncio.Task[Reply]]) -> None:
     for task in tasks:
         task.cancel()
     for task in tasks:

@@ -59,6 +59,16 @@ class VoteStrategy(BaseStrategy[VoteOptions]):
     name = "vote"
     options_type = VoteOptions
 
+    @property
+    def experts(self) -> frozenset[str]:
+        """Those named as voters."""
+        return frozenset(self.options.experts)
+
+    @property
+    def least_calls(self) -> int:
+        """Two votes may agree already."""
+        return min(2, self.options.samples * (len(self.options.experts) or self.options.voters))
+
     async def run(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncGenerator[Part, None]:
         """The parts of the answer of the highest-ranked expert among the majority. Raises `ExpertError` without any."""
         check_one_choice(request)
@@ -119,8 +129,8 @@ class _Box:
     @property
     def decided(self) -> bool:
         """Whether the first answer has more votes than any other can still get."""
-        first, *others = [*sorted(self._votes.values(), reverse=True), 0.0, 0.0]
-        return first > others[0] + sum(self._left.values())
+        first, second = [*sorted(self._votes.values(), reverse=True), 0.0, 0.0][:2]
+        return first > second + sum(self._left.values())
 
     def winner(self) -> Reply:
         if not self._votes:

@@ -18,7 +18,7 @@ _AGREE_ON_WRONG = 0.5
 
 
 def near_miss(rng: Random, answer: str) -> str:
-    """The answer with one slip: a character changed, dropped, doubled or exchanged with the next, or parts exchanged."""
+    """The answer with one slip: a character changed, dropped, doubled, exchanged with the next, or parts exchanged."""
     parts = answer.split(", ")
     if len(parts) > 1 and rng.random() < 0.5:
         i, j = rng.sample(range(len(parts)), 2)

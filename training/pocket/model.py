@@ -1,7 +1,8 @@
 """The pocket models: tiny Llamas, and what makes them train fast on a CPU.
 
 A model computes in bfloat16 where the CPU has AMX, which multiplies it several times faster than float32 (without AMX
-float32 is the faster one), while the optimizer steps on float32 masters (*Mixed Precision Training*, arXiv 1710.03740). A low-rank adapter (LoRA, arXiv 2106.09685)
+float32 is the faster one), while the optimizer steps on float32 masters (*Mixed Precision Training*, arXiv
+1710.03740). A low-rank adapter (LoRA, arXiv 2106.09685)
 is trained through the weight it makes, ``W + s B A``: the gradient of that small matrix gives those of ``A`` and
 ``B`` exactly, and a step costs no more than one of full training.
 """

@@ -79,7 +79,7 @@ def _specialist(steps: int, *hard: str) -> Recipe:
 
 RECIPES = {
     BASE: Recipe(steps=800, lessons=0.4),
-    GENERALIST: Recipe(steps=800, lr=2e-3, lessons=0.05, aggregation=0.25),
+    GENERALIST: Recipe(steps=800, lr=2e-3, lessons=0.05, aggregation=0.4, checkpoint_every=50),
     "arithmetic": _specialist(900, "add", "subtract"),
     "units": _specialist(120),
     "roman": _specialist(80),
