@@ -2,8 +2,8 @@
 
 Before a call begins the most that it can cost is set aside: a token for each byte of its text (no tokenizer makes
 more), and as many output tokens as the body allows, or as the rest of the ceiling pays for; the body then says so to
-the expert. When the call ends, what it did not use is free for the next. An expert that does not keep to its bound is cut
-off where its stream reaches it. So calls that run beside each other cannot exceed the ceiling together.
+the expert. When the call ends, what it did not use is free for the next. An expert that does not keep to its bound is
+cut off where its stream reaches it. So calls that run beside each other cannot exceed the ceiling together.
 """
 
 from __future__ import annotations

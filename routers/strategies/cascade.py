@@ -20,9 +20,9 @@ from experts.expert import ExpertRequest, Part
 from routers.contracts import Call, Candidate, Decision
 from routers.strategies.acceptance import Acceptance
 from routers.strategies.base import BaseStrategy, StrategyOptions
-from routers.strategies.chosen import chosen, labelled
+from routers.strategies.chosen import chosen, last_word
 from routers.strategies.replies import Ask, Reply, check_one_choice, collect
-from routers.strategies.single import SingleStrategy, all_failed, another_may
+from routers.strategies.single import all_failed, another_may
 
 
 class CascadeOptions(StrategyOptions):
@@ -100,17 +100,13 @@ class CascadeStrategy(BaseStrategy[CascadeOptions]):
     ) -> AsyncGenerator[Part, None]:
         """The last step's answer as it comes; the best of those rejected where it fails before it has begun."""
         left = max(state.deadline - asyncio.get_running_loop().time(), 0.001)
-        alone = SingleStrategy(self.fallbacks.model_copy(update={"max_attempts": 1, "experts": ()}))
+        ask = Ask(expert=candidate.expert, body=request.body, why=f"cascade, last step: {state.last}")
         begun = False
         try:
-            only = replace(decision, ranking=[candidate])
-            parts = alone.run(
-                only, replace(request, timeout_s=left), labelled(call, f"cascade, last step: {state.last}")
-            )
-            async with aclosing(parts):
+            async with aclosing(last_word(decision, replace(request, timeout_s=left), call, ask)) as parts:
                 async for part in parts:
                     begun = True
-                    yield replace(part, expert=candidate.expert)
+                    yield part
         except ExpertError as error:
             if begun or not another_may(error):
                 raise

@@ -21,9 +21,9 @@ from experts.expert import ExpertRequest, Part
 from routers.contracts import Call, Candidate, Decision
 from routers.strategies.aggregation import PROMPT, aggregation_body
 from routers.strategies.base import BaseStrategy, StrategyOptions
-from routers.strategies.chosen import chosen, labelled
+from routers.strategies.chosen import chosen, last_word
 from routers.strategies.replies import Ask, Reply, check_one_choice, collect_all
-from routers.strategies.single import SingleStrategy, all_failed, another_may
+from routers.strategies.single import all_failed, another_may
 from routers.strategies.vote import sampled
 
 _PROPOSALS_SHARE = 0.6
@@ -109,13 +109,11 @@ class _Aggregating(BaseStrategy[OptionsT]):
     async def _aggregate(
         self, decision: Decision, request: ExpertRequest, call: Call, proposals: Sequence[Reply]
     ) -> AsyncGenerator[Part, None]:
-        aggregator = self._aggregator(decision)
         body = aggregation_body(request.body, [proposal.shown for proposal in proposals], self.options.prompt)
-        alone = SingleStrategy(self.fallbacks.model_copy(update={"max_attempts": 1, "experts": ()}))
-        named = labelled(call, f"aggregates {len(proposals)} proposals")
-        only, begun = replace(decision, ranking=[aggregator]), False
+        why = f"aggregates {len(proposals)} proposals"
+        ask, begun = Ask(expert=self._aggregator(decision).expert, body=body, why=why), False
         try:
-            async with aclosing(alone.run(only, replace(request, body=body), named)) as parts:
+            async with aclosing(last_word(decision, request, call, ask)) as parts:
                 async for part in parts:
                     begun = True
                     yield part
