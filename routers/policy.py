@@ -149,6 +149,22 @@ class Ceilings(_Model):
     cost_usd: Bound | None = None
 
 
+class Target(_Model):
+    """The quality that `router-service policies tune` looks for the cheapest way to.
+
+    That of the best single expert less `within`, or `quality` itself.
+    """
+
+    within: Annotated[float, Field(ge=0, le=1)] | None = None
+    quality: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.within is None) == (self.quality is None):
+            raise ValueError("target: name `within`, how far below the best single expert, or `quality`")
+        return self
+
+
 class Budget(_Model):
     """What may be spent under this policy by all its callers together; then requests are refused until the next day."""
 
@@ -169,6 +185,7 @@ class Policy(_Model):
     router: RouterChoice = RouterChoice()
     strategy: StrategyChoice = StrategyChoice()
     fallbacks: Fallbacks = Fallbacks()
+    target: Target | None = None
     ceilings: Ceilings = Ceilings()
     budget: Budget = Budget()
     session_ttl_s: Bound | None = None

@@ -45,6 +45,13 @@ class CascadeOptions(StrategyOptions):
         return self
 
 
+def cascade_steps(decision: Decision, options: CascadeOptions) -> Sequence[Candidate]:
+    """Who is asked, in this order, at most."""
+    if options.experts:
+        return chosen(decision, options.experts)[: options.steps]
+    return sorted(decision.ranking[: options.steps], key=lambda candidate: candidate.cost_usd)
+
+
 class CascadeStrategy(BaseStrategy[CascadeOptions]):
     """Cheapest first, accepted by a calibrated score."""
 
@@ -63,7 +70,7 @@ class CascadeStrategy(BaseStrategy[CascadeOptions]):
         than none. Raises `ExpertError` where nobody answered.
         """
         check_one_choice(request)
-        steps = self._steps(decision)
+        steps = cascade_steps(decision, self.options)
         state = _State(deadline=asyncio.get_running_loop().time() + request.timeout_s)
         for candidate in steps[:-1]:
             reply = await self._try(candidate, request, call, state)
@@ -74,11 +81,6 @@ class CascadeStrategy(BaseStrategy[CascadeOptions]):
         async with aclosing(self._last(decision, steps[-1], request, call, state)) as parts:
             async for part in parts:
                 yield part
-
-    def _steps(self, decision: Decision) -> Sequence[Candidate]:
-        if self.options.experts:
-            return chosen(decision, self.options.experts)[: self.options.steps]
-        return sorted(decision.ranking[: self.options.steps], key=lambda candidate: candidate.cost_usd)
 
     async def _try(self, candidate: Candidate, request: ExpertRequest, call: Call, state: _State) -> Reply | None:
         """One step's reply with its score; None where it failed. A step has half of the time that is left."""

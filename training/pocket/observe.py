@@ -1,7 +1,8 @@
 """The shipped observation table: what every expert really did on questions that no expert learned from.
 
 One JSON line per query, gzipped: ``{"id", "task", "query", "split", "experts": {name: {"quality", "cost_usd",
-"input_tokens", "output_tokens"}}}``, beside ``experts.json`` with descriptions and prices in USD per million tokens.
+"input_tokens", "output_tokens", "confidence"}}}``, beside ``experts.json`` with descriptions and prices in USD per
+million tokens.
 """
 
 import gzip
@@ -27,6 +28,7 @@ def _rows(member: Member, questions: Sequence[Question]) -> list[dict[str, float
             "cost_usd": round(member.cost(response.input_tokens, response.output_tokens), 10),
             "input_tokens": response.input_tokens,
             "output_tokens": response.output_tokens,
+            "confidence": round(response.confidence, 4),
         }
         for question, response in zip(questions, responses, strict=True)
     ]
