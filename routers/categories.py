@@ -94,7 +94,7 @@ class Categories:
         mixture = _mixture(log_odds[inside], cosines[inside], places[inside])
         edge = float(np.quantile(cosines[inside].max(1), unknown_share))
         rows = np.flatnonzero(inside)
-        views = _Views.fit([texts[i] for i in rows], embeddings[rows], places[rows], prototypes, seed)
+        views = _Views.fit([texts[i] for i in rows.tolist()], embeddings[rows], places[rows], prototypes, seed)
         made = cls(names, views, mixture, edge, least_probability)
         return made, made._decide(log_odds, cosines)
 

@@ -1,8 +1,8 @@
-"""Fit a cascade's acceptance score on observations: how likely an answer is right, from what is known of it for nothing.
+"""Fit a cascade's acceptance score on observations: how likely an answer is right, from what costs nothing to know.
 
 Logistic regression (Newton's method on the penalised likelihood) of observed quality, which may be any number in 0..1,
-on the log-odds of the router's estimate and of the expert's confidence. The estimates must be of queries that the router
-had not seen, or the score would trust it too much.
+on the log-odds of the router's estimate and of the expert's confidence. The estimates must be of queries that the
+router had not seen, or the score would trust it too much.
 """
 
 from __future__ import annotations

@@ -9,13 +9,13 @@ none of the experts' own (`vote`, `mixture_of_agents`, `self_moa`) cannot be pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from routers.contracts import Estimates, Observations, Query
+from routers.contracts import Candidate, Decision, Estimates, Observations, Query
 from routers.errors import NoExpertError, ObservationError
 from routers.policy import Objective, Policy, StrategyChoice, Target
 from routers.registry import create_router
@@ -32,9 +32,10 @@ OnStep = Callable[[str, int, int], None]
 _FOLDS = 4
 _WORTHS = tuple(float(f"{worth:.3g}") for worth in np.geomspace(1e-6, 1.0, 25))
 """USD that a right answer may be worth."""
-_THRESHOLDS = tuple(round(float(t), 2) for t in np.arange(0.05, 1.0, 0.05)) + (0.97, 0.99)
+_THRESHOLDS = (*(round(0.05 * step, 2) for step in range(1, 20)), 0.97, 0.99)
 _STEPS = (2, 3)
 _ONE = {"steps": 1}  # `single` is a cascade of one step
+_NOBODY = (0.0, 0.0, 0)
 _RESAMPLES = 1000
 
 
@@ -51,8 +52,8 @@ class Played:
 class Tuned:
     """The policy chosen, whether it kept the target on train, and figures of the test split.
 
-    `best_single` is the expert of the best train mean; `quality` and `cost_usd_per_1k` are the policy's, `share_of_cost`
-    against the best single expert's.
+    `best_single` is the expert of the best train mean; `quality` and `cost_usd_per_1k` are the policy's,
+    `share_of_cost` is against the best single expert's.
     """
 
     policy: Policy
@@ -82,44 +83,59 @@ def tune_policy(
     best = int(column_means(table.train.quality).argmax())
     goal = target.quality or float(column_means(table.train.quality)[best]) - (target.within or 0.0)
     candidates = list(_candidates(policy, table.train, best, acceptance))
+    decided: dict[Objective, list[Decision | None]] = {}
     played = []
     for number, candidate in enumerate(candidates):
         on_step("try: policies", number, len(candidates))
-        played.append(play(candidate, estimated, table.train))
+        if candidate.objective not in decided:
+            decided[candidate.objective] = decide(candidate, estimated, table.train)
+        played.append(play(candidate.strategy, decided[candidate.objective], table.train))
     on_step("try: policies", len(candidates), len(candidates))
     place = _cheapest(played, goal)
     chosen = candidates[place].model_copy(update={"target": target})
     fitted = create_router(policy.router.name, options).fit(table.train)
-    on_test = play(chosen, fitted.estimate([Query(text=t) for t in table.test.texts], table.test.cards), table.test)
+    on_test = fitted.estimate([Query(text=text) for text in table.test.texts], table.test.cards)
+    result = play(chosen.strategy, decide(chosen, on_test, table.test), table.test)
     kept = float(np.nanmean(played[place].quality)) >= goal
     return _measured(
-        chosen, on_test, table.test, best, kept, goal, float(np.nanmean(played[place].quality)), len(candidates)
+        chosen, result, table.test, best, kept, goal, float(np.nanmean(played[place].quality)), len(candidates)
     )
 
 
-def play(policy: Policy, estimates: Estimates, observed: Observations) -> Played:
-    """What `policy` (of `single` or `cascade`) would have done with the queries of `observed`."""
-    options = CascadeOptions.model_validate(
-        dict(policy.strategy.options if policy.strategy.name == "cascade" else _ONE)
-    )
-    rows = [_play_row(policy, options, estimates, observed, row) for row in range(len(observed))]
+def decide(policy: Policy, estimates: Estimates, observed: Observations) -> list[Decision | None]:
+    """The policy's decision for every query of `observed`; None where it leaves the query to nobody."""
+
+    def one(row: int) -> Decision | None:
+        try:
+            return policy.choose(estimates, observed.cards, Query(text=observed.texts[row]), row=row)
+        except NoExpertError:
+            return None
+
+    return [one(row) for row in range(len(observed))]
+
+
+def play(strategy: StrategyChoice, decisions: Sequence[Decision | None], observed: Observations) -> Played:
+    """What `strategy` (`single` or `cascade`) would have done with the queries of `observed`."""
+    options = CascadeOptions.model_validate(dict(strategy.options) if strategy.name == "cascade" else _ONE)
+    places = {card.name: e for e, card in enumerate(observed.cards)}
+    rows = [
+        (0.0, 0.0, 0)
+        if decision is None
+        else _play_row(cascade_steps(decision, options), options, observed, row, places)
+        for row, decision in enumerate(decisions)
+    ]
     quality, cost, calls = np.array(rows, np.float64).T
     return Played(quality=quality, cost_usd=cost, calls=float(calls.mean()))
 
 
 def _play_row(
-    policy: Policy, options: CascadeOptions, estimates: Estimates, observed: Observations, row: int
+    steps: Sequence[Candidate], options: CascadeOptions, observed: Observations, row: int, places: Mapping[str, int]
 ) -> tuple[float, float, int]:
     """Quality, cost and calls. Experts not observed on the query are passed over; nobody's answer has quality 0."""
-    try:
-        decision = policy.choose(estimates, observed.cards, Query(text=observed.texts[row]), row=row)
-    except NoExpertError:
-        return 0.0, 0.0, 0
-    places = {card.name: e for e, card in enumerate(observed.cards)}
     cost, calls, quality = 0.0, 0, 0.0
-    for candidate in cascade_steps(decision, options):
+    for candidate in steps:
         place = places[candidate.expert]
-        if not np.isfinite(observed.quality[row, place]):
+        if np.isnan(observed.quality[row, place]):
             continue
         calls, cost = calls + 1, cost + float(observed.cost_usd[row, place])
         quality = float(observed.quality[row, place])
@@ -137,7 +153,7 @@ def _candidates(policy: Policy, train: Observations, best: int, acceptance: Acce
     cards = train.cards
     costs = column_means(train.cost_usd)
     chains = [(card.name, cards[best].name) for e, card in enumerate(cards) if costs[e] < costs[best]]
-    shapes: list[tuple[Objective, dict[str, Any]]] = [(objectives[0], {"experts": list(chain)}) for chain in chains]
+    shapes: list[tuple[Objective, dict[str, Any]]] = [(policy.objective, {"experts": list(chain)}) for chain in chains]
     shapes += [(objective, {"steps": steps}) for objective in objectives[::3] for steps in _STEPS]
     for objective, shape in shapes:
         for threshold in _THRESHOLDS:
@@ -166,7 +182,7 @@ def _cross_fitted(name: str, options: dict[str, Any], train: Observations, seed:
         on_step(f"fit: {name}", fold, _FOLDS)
         here, others = np.flatnonzero(folds == fold), np.flatnonzero(folds != fold)
         router = create_router(name, options).fit(train.rows(others))
-        found = router.estimate([Query(text=train.texts[i]) for i in here], train.cards)
+        found = router.estimate([Query(text=train.texts[i]) for i in here.tolist()], train.cards)
         quality[here], cost[here], latency[here] = found.quality, found.cost_usd, found.latency_s
     on_step(f"fit: {name}", _FOLDS, _FOLDS)
     return Estimates(quality=quality, cost_usd=cost, latency_s=latency)

@@ -1,4 +1,4 @@
-"""`router-service policies`: those of a service or a folder, whether a policy file is right, and the best one for a target."""
+"""`router-service policies`: those there are, whether a policy file is right, and the cheapest one for a target."""
 
 from __future__ import annotations
 
