@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from training.pocket.fleet import BASE, FLEET, GENERALIST, Member
-from training.pocket.grading import grade, sample
+from training.pocket.grading import grade, grade_each, sample
 from training.pocket.questions import PocketError
 from training.pocket.skills import SKILLS
 
@@ -47,7 +47,11 @@ def _read_lines(lines: Iterable[str]) -> Iterator[dict[str, str]]:
 
 
 def _grade(args: argparse.Namespace) -> None:
-    _print(json.dumps(grade(_read_lines(sys.stdin))))
+    if args.each:
+        for right in grade_each(_read_lines(sys.stdin)):
+            _print(json.dumps({"right": right}))
+    else:
+        _print(json.dumps(grade(_read_lines(sys.stdin))))
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -104,9 +108,10 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--n", type=int, default=10, help="how many")
     sub.add_argument("--kind", choices=("one", "two"), default="one", help="how many skills a question needs")
     sub.add_argument("--split", choices=("held_out", "train"), default="held_out")
-    command(
+    sub = command(
         "grade", _grade, "Read JSON lines with query, answer and response; print the share right, overall and by skill."
     )
+    sub.add_argument("--each", action="store_true", help="print a JSON line for each response instead")
     sub = command("train", _train, "Train members of the fleet, or go on from their checkpoints.")
     sub.add_argument("members", nargs="+", choices=(BASE, GENERALIST, *SKILLS), metavar="MEMBER")
     _add_folders(sub)
