@@ -45,13 +45,13 @@ class _Views:
     @classmethod
     def fit(cls, texts: Sequence[str], embeddings: FloatArray, labels: AnyArray, prototypes: int, seed: int) -> Self:
         features = TextFeatures.fit(texts, seed)
-        weights, bias = _regression(np.hstack([embeddings, features(texts)]), labels)
+        weights, bias = _regression(_seen(features, texts, embeddings), labels)
         centres, owner = _prototypes(embeddings, labels, prototypes, seed)
         return cls(features, weights, bias, centres, owner)
 
     def __call__(self, texts: Sequence[str], embeddings: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Log-probabilities [B, C] of the regression, and the cosine to each category's nearest prototype [B, C]."""
-        logits = np.hstack([embeddings, self.features(texts)]) @ self.weights + self.bias
+        logits = _seen(self.features, texts, embeddings) @ self.weights + self.bias
         logits -= logits.max(1, keepdims=True)
         cosines = embeddings @ self.centres.T
         nearest = np.stack([cosines[:, self.owner == c].max(1, initial=-1) for c in range(len(self.bias))], axis=1)
@@ -138,6 +138,11 @@ class Categories:
             owner,
         )
         return cls(tuple(names), views, artefact.array("categories.mixture", 2), float(edge[0]), float(edge[1]))
+
+
+def _seen(features: TextFeatures, texts: Sequence[str], embeddings: FloatArray) -> FloatArray:
+    """What the regression sees [B, F]; bounded, for a text unlike all others must not be a category beyond doubt."""
+    return np.hstack([embeddings, np.clip(features(texts), -1, 1)])
 
 
 def _held_out(

@@ -66,7 +66,7 @@ def _train(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from training.pocket.evaluate import accuracy_table, evaluate, write_report
 
-    report = evaluate(args.folder, args.seed, args.one, args.two, _track)
+    report = evaluate(args.folder, args.seed, args.one, args.two, _track, args.work)
     _print(accuracy_table(report))
     for condition in report.conditions():
         relation = "<=" if condition.at_most else ">="
@@ -79,7 +79,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _observe(args: argparse.Namespace) -> None:
     from training.pocket.observe import observe
 
-    observe(args.folder, args.seed, track=_track)
+    observe(args.folder, args.seed, track=_track, kept=args.work)
 
 
 def _build(args: argparse.Namespace) -> None:
@@ -88,9 +88,9 @@ def _build(args: argparse.Namespace) -> None:
     from training.pocket.observe import observe
 
     train_all(args.folder, args.work, args.seed)
-    report = evaluate(args.folder, args.seed, track=_track)
+    report = evaluate(args.folder, args.seed, track=_track, kept=args.work)
     write_report(report, args.folder)
-    observe(args.folder, args.seed, track=_track)
+    observe(args.folder, args.seed, track=_track, kept=args.work)
     _print(accuracy_table(report))
 
 
@@ -131,7 +131,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, default=FLEET, help="the fleet's folder")
-    parser.add_argument("--work", type=Path, default=WORK, help="where checkpoints are kept")
+    parser.add_argument("--work", type=Path, default=WORK, help="where checkpoints and answers are kept")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
