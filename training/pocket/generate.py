@@ -65,4 +65,4 @@ def _respond_to_batch(
 
 
 def _confidence(logprobs: Tensor) -> float:
-    return float(logprobs.mean().exp()) if len(logprobs) else 0.0
+    return round(float(logprobs.mean().exp()), 4) if len(logprobs) else 0.0

@@ -27,7 +27,7 @@ def _rows(member: Member, questions: Sequence[Question], kept: Path | None) -> l
             "cost_usd": round(member.cost(response.input_tokens, response.output_tokens), 10),
             "input_tokens": response.input_tokens,
             "output_tokens": response.output_tokens,
-            "confidence": round(response.confidence, 4),
+            "confidence": response.confidence,
         }
         for question, response in zip(questions, responses, strict=True)
     ]
