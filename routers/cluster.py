@@ -56,8 +56,8 @@ class ClusterRouter(FittedRouter[ClusterConfig]):
         self._centres = (means.cluster_centers_ / np.maximum(lengths, 1e-9)).astype(np.float32)
         member = np.eye(clusters, dtype=np.float32)[means.labels_]
         self._records = np.stack([
-            _records(member, table.quality, self.profile.quality, self.config.shrinkage),
-            _records(member, table.output_tokens, self.profile.output_tokens, self.config.shrinkage),
+            records(member, table.quality, self.profile.quality, self.config.shrinkage),
+            records(member, table.output_tokens, self.profile.output_tokens, self.config.shrinkage),
         ])  # fmt: skip
 
     def _predict(self, texts: Sequence[str], embeddings: FloatArray) -> Prediction:
@@ -77,7 +77,7 @@ class ClusterRouter(FittedRouter[ClusterConfig]):
         self._features = TextFeatures.restore(artefact)
 
 
-def _records(member: FloatArray, values: FloatArray, means: FloatArray, shrinkage: float) -> FloatArray:
+def records(member: FloatArray, values: FloatArray, means: FloatArray, shrinkage: float) -> FloatArray:
     """Mean of `values` [Q, K] in each cluster [C, K], shrunk; `member` [Q, C] is 1 where a query lies in a cluster."""
     seen = np.isfinite(values)
     surprise = member.T @ np.where(seen, values - means, 0)

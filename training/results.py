@@ -23,6 +23,7 @@ import numpy as np
 
 from routers.embedder import shared_embedder
 from routers.registry import create_router, router_class
+from training.compositions import against_cluster, against_linear, read_intents
 from training.evaluation import Bench, evaluate
 from training.left_out import COUNTS, LeftOutReport, left_out
 from training.metrics import Floats
@@ -193,6 +194,14 @@ def _mean_over_experts(report: LeftOutReport, count: int) -> Json:
     }
 
 
+def _composition() -> Json:
+    return {table: against_cluster(load_table(data_folder(table))) for table in ("open9", "frontier15")}
+
+
+def _intents() -> Json:
+    return against_linear(read_intents(data_folder("").parents[0] / "intents"))
+
+
 def _say(step: str, done: int, total: int) -> None:
     sys.stderr.write(f"{step} {done}/{total}\n")
 
@@ -203,6 +212,8 @@ _EXPERIMENTS: Mapping[str, Callable[[], Any]] = {
     "speed": _speed,
     "reference": _reference,
     "left-out": _left_out,
+    "composition": _composition,
+    "intents": _intents,
 }
 
 
@@ -283,9 +294,43 @@ def _left_out_table(results: list[Json]) -> str:
     return _markdown(["router", "observations", "AIQ", "AIQ lost", "quality", "Brier score", "error of its mean"], rows)
 
 
+def _composition_table(results: Json) -> str:
+    head = ["table", "router", "quality", "AIQ", "USD/1k"]
+    rows = [
+        [table, name, *(_cell(figures[key], key) for key in ("quality", "aiq", "cost_usd_per_1k"))]
+        for table, found in results.items()
+        for name, figures in found["routers"].items()
+    ]
+    for table, found in results.items():
+        rows.append(
+            [table, "composition less cluster", *(_cell(found["difference"][k], k) for k in ("quality", "aiq")), ""]
+        )
+        half = found["half_cost"]
+        rows.append([
+            table, f"within {half['budget_usd_per_1k']:.3f} USD/1k", _cell(half["quality"], "quality"), "",
+            f"{_cell(half['cost_usd_per_1k'], 'cost_usd_per_1k')}, {half['of_budget']:.1%} of the budget",
+        ])  # fmt: skip
+    return _markdown(head, rows)
+
+
+def _intents_table(results: Json) -> str:
+    figures = ("accuracy", "out_of_scope_recall", "in_scope_kept")
+    rows = [
+        [name, *(_cell(found[figure], figure) for figure in figures), f"{found['calibration_error']:.3f}"]
+        for name, found in results["classifiers"].items()
+    ]
+    rows.append(["difference", *(_cell(results["difference"][figure], figure) for figure in figures[:2]), "", ""])
+    return _markdown(["classifier", "accuracy", "out-of-scope recall", "in scope, not sent to general", "ECE"], rows)
+
+
 _TABLES: Mapping[str, Callable[[Any], str]] = {
-    "validation": _validation_table, "speed": _speed_table, "reference": _reference_table, "left-out": _left_out_table,
-}  # fmt: skip
+    "validation": _validation_table,
+    "speed": _speed_table,
+    "reference": _reference_table,
+    "left-out": _left_out_table,
+    "composition": _composition_table,
+    "intents": _intents_table,
+}
 
 
 def _cell(found: Json | None, figure: str) -> str:
