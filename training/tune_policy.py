@@ -9,11 +9,14 @@ none of the experts' own (`vote`, `mixture_of_agents`, `self_moa`) cannot be pla
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from routers.contracts import Candidate, Decision, Estimates, Observations, Query
 from routers.errors import NoExpertError, ObservationError
@@ -69,6 +72,28 @@ class Tuned:
     best_cost_usd_per_1k: Interval
     share_of_cost: float
     calls: float
+
+    def __str__(self) -> str:
+        kept = "kept" if self.kept else "NOT kept: this is the best there is"
+        return (
+            f"Target {self.train_target:.3f} {kept} on train ({self.train_quality:.3f}). On test: quality "
+            f"{self.quality.value:.3f} against {self.best_quality.value:.3f} of {self.best_single}, at "
+            f"{self.share_of_cost:.0%} of its cost."
+        )
+
+
+def policy_text(tuned: Tuned, path: Path) -> str:
+    """The tuned policy as YAML for the file `path`, whose name it takes, with a comment that says what it did."""
+    policy = tuned.policy.model_copy(update={"name": path.stem})
+    fields = policy.model_dump(mode="json", exclude_defaults=True)
+    if artefact := policy.router.artefact:
+        fields["router"]["artefact"] = os.path.relpath(artefact, path.resolve().parent)
+    return f"# {tuned}\n{yaml.safe_dump(fields, sort_keys=False)}"
+
+
+def to_json(tuned: Tuned) -> dict[str, Any]:
+    """Policy and figures."""
+    return {**asdict(tuned), "policy": tuned.policy.model_dump(mode="json", exclude_defaults=True)}
 
 
 def tune_policy(
