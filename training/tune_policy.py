@@ -32,6 +32,9 @@ from training.observations import Table
 
 OnStep = Callable[[str, int, int], None]
 
+STRATEGIES = ("single", "cascade")
+"""Those that can be played from a table."""
+
 _FOLDS = 4
 _WORTHS = tuple(float(f"{worth:.3g}") for worth in np.geomspace(1e-6, 1.0, 25))
 """USD that a right answer may be worth."""
@@ -97,9 +100,18 @@ def to_json(tuned: Tuned) -> dict[str, Any]:
 
 
 def tune_policy(
-    policy: Policy, table: Table, target: Target, *, seed: int = 0, on_step: OnStep = lambda step, done, total: None
+    policy: Policy,
+    table: Table,
+    target: Target,
+    *,
+    strategies: Sequence[str] = STRATEGIES,
+    seed: int = 0,
+    on_step: OnStep = lambda step, done, total: None,
 ) -> Tuned:
-    """The cheapest way to `target` for `policy`'s router. Raises `ObservationError` and `RouterConfigError`."""
+    """The cheapest way to `target` for `policy`'s router, by one of `strategies`.
+
+    Raises `ObservationError` and `RouterConfigError`.
+    """
     if len(table.train) < 2 * _FOLDS or not len(table.test):
         raise ObservationError("to tune a policy, a table needs rows of both splits, and some dozens to train on")
     options = dict(policy.router.options)
@@ -107,7 +119,8 @@ def tune_policy(
     acceptance = fit_acceptance(table.train, estimated.quality)
     best = int(column_means(table.train.quality).argmax())
     goal = target.quality or float(column_means(table.train.quality)[best]) - (target.within or 0.0)
-    candidates = list(_candidates(policy, table.train, best, acceptance))
+    every = _candidates(policy, table.train, best, acceptance)
+    candidates = [candidate for candidate in every if candidate.strategy.name in strategies]
     decided: dict[Objective, list[Decision | None]] = {}
     played = []
     for number, candidate in enumerate(candidates):

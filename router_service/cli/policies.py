@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from router_service.cli.client import Url, checked, connect
-from router_service.cli.console import errors, out, write_json
+from router_service.cli.console import CommandError, errors, out, write_json
 
 if TYPE_CHECKING:
     from training.tune_policy import Tuned
@@ -77,6 +77,7 @@ def tune(
         float | None, typer.Option(min=0, max=1, help="Keep the best single expert's quality less this.  [.01]")
     ] = None,
     quality: Annotated[float | None, typer.Option(min=0, max=1, help="Or keep this quality.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="Try this strategy alone: single or cascade.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Policy and figures as JSON.")] = False,
 ) -> None:
     """Find the cheapest strategy and thresholds that keep a quality target, on what your experts were observed to do.
@@ -94,13 +95,22 @@ def tune(
     from router_service.cli.progress import steps
     from routers.policy import Target, load_policy
     from training.observations import load_table
-    from training.tune_policy import policy_text, to_json, tune_policy
+    from training.tune_policy import STRATEGIES, policy_text, to_json, tune_policy
+
+    if strategy and strategy not in STRATEGIES:
+        raise CommandError(f"--strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}", status=2)
 
     started = load_policy(policy)
     given = Target(within=within, quality=quality) if (within, quality) != (None, None) else None
     with steps() as on_step:
         target = given or started.target or Target(within=0.01)
-        tuned = tune_policy(started, load_table(observations), target, on_step=on_step)
+        tuned = tune_policy(
+            started,
+            load_table(observations),
+            target,
+            strategies=(strategy,) if strategy else STRATEGIES,
+            on_step=on_step,
+        )
     if written:
         written.write_text(policy_text(tuned, written), "utf-8")
     if as_json:
