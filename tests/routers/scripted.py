@@ -55,9 +55,7 @@ class FakeFleet:
 def decision(*experts: str) -> Decision:
     """Experts in this order; what is in capitals has a longer context."""
     ranking = [
-        Candidate(
-            expert=e, context_length=8192 if e.isupper() else 4096, score=1, quality=1, cost_usd=0, latency_s=0
-        )
+        Candidate(expert=e, context_length=8192 if e.isupper() else 4096, score=1, quality=1, cost_usd=0, latency_s=0)
         for e in experts
     ]
     return Decision(policy="p", router="r", strategy="single", ranking=ranking)
