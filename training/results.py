@@ -223,13 +223,16 @@ def _composition_table(results: Json) -> str:
 
 
 def _intents_table(results: Json) -> str:
-    figures = ("accuracy", "out_of_scope_recall", "in_scope_kept")
-    rows = [
-        [name, *(_cell(found[figure], figure) for figure in figures), f"{found['calibration_error']:.3f}"]
-        for name, found in results["classifiers"].items()
-    ]
-    rows.append(["difference", *(_cell(results["difference"][figure], figure) for figure in figures[:2]), "", ""])
-    return _markdown(["classifier", "accuracy", "out-of-scope recall", "in scope, not sent to general", "ECE"], rows)
+    figures = {
+        "accuracy": "accuracy",
+        "out_of_scope_recall": "out-of-scope recall",
+        "in_scope_kept": "in scope, not sent to general",
+        "decided_accuracy": "in scope, sent to the right category",
+        "confidence_less_accuracy": "confidence less accuracy",
+    }
+    named = {**results["classifiers"], "difference": results["difference"]}
+    rows = [[name, *(_cell(found[figure], figure) for figure in figures)] for name, found in named.items()]
+    return _markdown(["classifier", *figures.values()], rows)
 
 
 _TABLES: Mapping[str, Callable[[Any], str]] = {
