@@ -235,11 +235,25 @@ def _intents_table(results: Json) -> str:
     return _markdown(["classifier", *figures.values()], rows)
 
 
+def _strategies_table(results: Json) -> str:
+    head = ["asked", "right", "one skill", "two skills", "USD/1k", "cost, generalist = 1", "calls", "p50, p95 in ms"]
+    rows = [
+        [
+            f"`{name}`", _cell(found["right"], "quality"), f"{found['right_one_skill']:.3f}",
+            f"{found['right_two_skills']:.3f}", f"{found['cost_usd_per_1k']:.4f}", f"{found['share_of_cost']:.2f}",
+            f"{found['calls']:.2f}", f"{1000 * found['latency_s_p50']:.0f}, {1000 * found['latency_s_p95']:.0f}",
+        ]
+        for name, found in results["models"].items()
+    ]  # fmt: skip
+    return _markdown(head, rows)
+
+
 _TABLES: Mapping[str, Callable[[Any], str]] = {
     "reference": _reference_table,
     "left-out": _left_out_table,
     "composition": _composition_table,
     "intents": _intents_table,
+    "strategies": _strategies_table,
 }
 
 
