@@ -314,13 +314,29 @@ def _composition_table(results: Json) -> str:
 
 
 def _intents_table(results: Json) -> str:
-    figures = ("accuracy", "out_of_scope_recall", "in_scope_kept")
+    figures = {
+        "accuracy": "accuracy",
+        "out_of_scope_recall": "out-of-scope recall",
+        "in_scope_kept": "in scope, not sent to general",
+        "decided_accuracy": "in scope, sent to the right category",
+        "confidence_less_accuracy": "confidence less accuracy",
+    }
+    named = {**results["classifiers"], "difference": results["difference"]}
+    rows = [[name, *(_cell(found[figure], figure) for figure in figures)] for name, found in named.items()]
+    return _markdown(["classifier", *figures.values()], rows)
+
+
+def _strategies_table(results: Json) -> str:
+    head = ["asked", "right", "one skill", "two skills", "USD/1k", "cost, generalist = 1", "calls", "p50, p95 in ms"]
     rows = [
-        [name, *(_cell(found[figure], figure) for figure in figures), f"{found['calibration_error']:.3f}"]
-        for name, found in results["classifiers"].items()
-    ]
-    rows.append(["difference", *(_cell(results["difference"][figure], figure) for figure in figures[:2]), "", ""])
-    return _markdown(["classifier", "accuracy", "out-of-scope recall", "in scope, not sent to general", "ECE"], rows)
+        [
+            f"`{name}`", _cell(found["right"], "quality"), f"{found['right_one_skill']:.3f}",
+            f"{found['right_two_skills']:.3f}", f"{found['cost_usd_per_1k']:.4f}", f"{found['share_of_cost']:.2f}",
+            f"{found['calls']:.2f}", f"{1000 * found['latency_s_p50']:.0f}, {1000 * found['latency_s_p95']:.0f}",
+        ]
+        for name, found in results["models"].items()
+    ]  # fmt: skip
+    return _markdown(head, rows)
 
 
 _TABLES: Mapping[str, Callable[[Any], str]] = {
@@ -330,6 +346,7 @@ _TABLES: Mapping[str, Callable[[Any], str]] = {
     "left-out": _left_out_table,
     "composition": _composition_table,
     "intents": _intents_table,
+    "strategies": _strategies_table,
 }
 
 

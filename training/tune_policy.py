@@ -2,7 +2,7 @@
 
 Every candidate is played on the train split with estimates by routers that had not seen the queries (cross-fitting),
 choosing with the policy itself, its constraints included: `single` over a range of what a right answer is worth, and
-`cascade` over steps, chains of a cheap expert before the best single one, and acceptance thresholds. The cheapest that
+`cascade` over steps, chains of two of the best experts, and acceptance thresholds. The cheapest that
 keeps the target wins, and is measured once on the test split, which nothing was chosen on. Strategies whose answer is
 none of the experts' own (`vote`, `mixture_of_agents`, `self_moa`) cannot be played from a table.
 """
@@ -40,6 +40,7 @@ _WORTHS = tuple(float(f"{worth:.3g}") for worth in np.geomspace(1e-6, 1.0, 25))
 """USD that a right answer may be worth."""
 _THRESHOLDS = (*(round(0.05 * step, 2) for step in range(1, 20)), 0.97, 0.99)
 _STEPS = (2, 3)
+_CHAINED = 5  # of the experts of the best means, any two make a chain, the cheaper one first
 _ONE = {"steps": 1}  # `single` is a cascade of one step
 _NOBODY = (0.0, 0.0, 0)
 _RESAMPLES = 1000
@@ -119,7 +120,7 @@ def tune_policy(
     acceptance = fit_acceptance(table.train, estimated.quality)
     best = int(column_means(table.train.quality).argmax())
     goal = target.quality or float(column_means(table.train.quality)[best]) - (target.within or 0.0)
-    every = _candidates(policy, table.train, best, acceptance)
+    every = _candidates(policy, table.train, acceptance)
     candidates = [candidate for candidate in every if candidate.strategy.name in strategies]
     decided: dict[Objective, list[Decision | None]] = {}
     played = []
@@ -184,13 +185,13 @@ def _play_row(
     return quality, cost, calls
 
 
-def _candidates(policy: Policy, train: Observations, best: int, acceptance: Acceptance) -> Iterator[Policy]:
+def _candidates(policy: Policy, train: Observations, acceptance: Acceptance) -> Iterator[Policy]:
     objectives = [Objective(quality=worth, cost=1, latency=policy.objective.latency) for worth in _WORTHS]
     for objective in objectives:
         yield _with(policy, objective, StrategyChoice(name="single"))
-    cards = train.cards
-    costs = column_means(train.cost_usd)
-    chains = [(card.name, cards[best].name) for e, card in enumerate(cards) if costs[e] < costs[best]]
+    names, costs = [card.name for card in train.cards], column_means(train.cost_usd)
+    able = column_means(train.quality).argsort()[::-1][:_CHAINED].tolist()
+    chains = [(names[a], names[b]) for a in able for b in able if costs[a] < costs[b]]
     shapes: list[tuple[Objective, dict[str, Any]]] = [(policy.objective, {"experts": list(chain)}) for chain in chains]
     shapes += [(objective, {"steps": steps}) for objective in objectives[::3] for steps in _STEPS]
     for objective, shape in shapes:

@@ -76,11 +76,10 @@ def strategies(
     work: Annotated[Path, typer.Option(file_okay=False, help="Folder for answers; a run that was stopped goes on.")],
     policies: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="Policies to measure.")] = None,
     models: Annotated[
-        list[str] | None, typer.Option("--model", help="A policy or an expert. Give it again for more.  [all policies]")
+        list[str] | None,
+        typer.Option("--model", help="A policy or an expert. Give it again for more.  [all policies, pocket-base]"),
     ] = None,
-    against: Annotated[str, typer.Option(help="The expert or policy that the others are compared with.")] = (
-        "pocket-generalist"
-    ),
+    against: Annotated[str, typer.Option(help="The expert or policy whose cost is 1.")] = ("pocket-generalist"),
     one: Annotated[int, typer.Option(min=1, help="One-skill questions.")] = 800,
     two: Annotated[int, typer.Option(min=0, help="Two-skill questions.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the questions.")] = 1,
@@ -98,7 +97,7 @@ def strategies(
     from routers.policy import load_policies
 
     folder = (policies or SHIPPED_POLICIES).resolve()
-    asked = list(models or [f"auto:{name}" for name in load_policies(folder)])
+    asked = list(models or [*(f"auto:{name}" for name in load_policies(folder)), "pocket-base"])
     asked += [] if against in asked else [against]
     options = ("--policies", str(folder), *(("--no-ray",) if no_ray else ()))
     with tempfile.TemporaryDirectory(prefix="bench-") as data, service(Path(data), options=options) as running:

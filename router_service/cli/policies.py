@@ -112,6 +112,7 @@ def tune(
             on_step=on_step,
         )
     if written:
+        written.parent.mkdir(parents=True, exist_ok=True)
         written.write_text(policy_text(tuned, written), "utf-8")
     if as_json:
         write_json(to_json(tuned))
