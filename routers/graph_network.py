@@ -1,9 +1,9 @@
 """GraphRouter's network on PyTorch Geometric: what is trained, on samples of the graph.
 
-Two node types meet along observed edges, query and expert; the third, task, meets every query by attention. The forward
-pass makes the expert nodes of `routers.graph_state` by message passing over whatever part of the graph it is given, and
-reads off the estimates of other queries, which have no edges: as at serving. So what is learnt is how to *make* nodes of
-edges, and an expert that joins later is no special case.
+Two node types meet along observed edges, query and expert; the third, task, meets every query by attention. The
+forward pass makes the expert nodes of `routers.graph_state` by message passing over whatever part of the graph it is
+given, and reads off the estimates of other queries, which have no edges: as at serving. So what is learnt is how to
+*make* nodes of edges, and an expert that joins later is no special case.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Nodes:
 
 
 class GraphNetwork(nn.Module):
-    """The trained parameters (see `graph_state`): attention `tasks` [F, T], `bias` [T]; how far nodes trust messages."""
+    """The trained parameters (`graph_state`): attention `tasks` [F, T], `bias` [T]; how far nodes trust messages."""
 
     def __init__(self, directions: Tensor, tasks: int, *, own: bool, dropout: float = 0.0) -> None:
         super().__init__()

@@ -2,8 +2,8 @@
 
 After GraphRouter (ICLR 2025, arXiv 2410.03834), with the third node type that the paper promises, task nodes, and with
 effect and length predicted for each edge, so that one trained router serves every weighing of quality, cost and latency
-that a policy makes at request time. The network is trained with PyTorch Geometric (`routers.graph_training`) and served by
-numpy: an expert's node is a constant, and a query's estimates are a softmax over tasks and a matrix product.
+that a policy makes at request time. The network is trained with PyTorch Geometric (`routers.graph_training`) and served
+by numpy: an expert's node is a constant, and a query's estimates are a softmax over tasks and a matrix product.
 
 A query's task is never given: it attends to the task nodes by its own text. One unlike all that was trained on is read
 off its nearest tasks; `tasks` and a greater uncertainty say so.
@@ -41,9 +41,9 @@ class GraphRouterConfig(RouterConfig):
     """AdamW's `steps` at most, `learning_rate`, weight `decay`; `dropout` of features; `directions` of the features.
 
     `own_directions` lets each expert's edges say something along the directions, beside what all experts share there.
-    `task_nodes` are those of the train table's labels, of clusters of its queries, or none. With `loss` "one_hot", the
-    paper's, quality is the chance of being the expert of the highest alpha * effect - beta * scaled cost: then cost is in
-    it already, and a policy's weight of cost belongs to 0.
+    `task_nodes` are those of the train table's labels, of clusters of its queries, or none. `caution` in spreads of
+    experts around their cards. With `loss` "one_hot", the paper's, quality is the chance of being the expert of the
+    highest alpha * effect - beta * scaled cost: cost is in it already, so a policy's weight of cost belongs to 0.
     """
 
     steps: Annotated[int, Field(ge=1)] = 300
@@ -73,8 +73,8 @@ class GraphRouterConfig(RouterConfig):
 class TaskGuess:
     """What a query was read as: the task attended to most, how much, and whether the query is like its train queries.
 
-    Where it is not (`known` is false) the query is of a task that nothing was observed of, and its estimates are those of
-    the nearest tasks. A task without a label is named by its number.
+    Where it is not (`known` is false) the query is of a task that nothing was observed of, and its estimates are those
+    of the nearest tasks. A task without a label is named by its number.
     """
 
     task: str
@@ -200,11 +200,10 @@ class GraphRouter(FittedRouter[GraphRouterConfig]):
 
     def _known(self, embeddings: FloatArray) -> npt.NDArray[np.bool_]:
         """Whether each query [B] is as near to some task's queries as most of that task's own are."""
-        known: npt.NDArray[np.bool_] = (embeddings @ self._centroids.T >= self._reach).any(1)
-        return known
+        return np.asarray((embeddings @ self._centroids.T >= self._reach).any(1), np.bool_)
 
     def _uncertainty(self, quality: FloatArray, attention: FloatArray, known: npt.NDArray[np.bool_]) -> FloatArray:
-        """Standard error of `quality`: few edges in a task; for an unknown task, how much experts vary between tasks."""
+        """Standard error of `quality`: of few edges in a task; for an unknown task, of how experts vary with tasks."""
         trust = float(self._learnt.task_counts_as[EFFECT])
         support = attention @ (1 / (self._nodes.counts + trust))
         between = self._nodes.tasks[EFFECT].var(0)
@@ -215,10 +214,10 @@ class GraphRouter(FittedRouter[GraphRouterConfig]):
         return replace(newcomer, bias=newcomer.bias - self.config.caution * newcomer.spread)
 
     def _join(self, newcomer: Newcomer, observations: Observations) -> None:
-        """Make a node of what was observed, its prior being what its peers' nodes hold, and take it among the experts."""
+        """Make a node of what was observed, its prior being what its peers' nodes hold, and take it in."""
         if self.config.loss == "one_hot":
             raise RouterConfigError(
-                "with loss: one_hot an expert cannot join by its own observations: they do not say whether it was the best"
+                "with loss: one_hot an expert cannot join by its own observations: whether it was best they do not say"
             )
         table = checked(only(observations, newcomer.card.name))
         table = table.rows(np.flatnonzero(np.isfinite(table.quality[:, 0])))
@@ -263,7 +262,7 @@ class GraphRouter(FittedRouter[GraphRouterConfig]):
 def _task_labels(
     table: Observations, embeddings: FloatArray, config: GraphRouterConfig
 ) -> tuple[npt.NDArray[np.int64], list[str]]:
-    """Each query's task node [Q], -1 where its label is not known, and the nodes' names. Clusters where no label tells."""
+    """Each query's task node [Q], -1 where no label is known, and the nodes' names; clusters where no label tells."""
     names = sorted({task for task in table.tasks if task})
     if config.task_nodes == "none":
         return np.zeros(len(table), np.int64), ["0"]
@@ -278,7 +277,7 @@ def _task_labels(
 
 
 def _is_best(table: Observations, alpha: float, beta: float) -> FloatArray:
-    """1 for each query's experts of the highest utility among those observed, ties all of them; NaN where unobserved."""
+    """1 for each query's experts of the highest utility among those observed, all that tie; NaN where unobserved."""
     low, high = float(np.nanmin(table.cost_usd)), float(np.nanmax(table.cost_usd))
     cost = (table.cost_usd - low) / ((high - low) or 1.0)
     utility = alpha * table.quality - beta * cost
@@ -303,7 +302,7 @@ def _into_bounds(quality: FloatArray) -> FloatArray:
 
 
 def _neighbourhoods(embeddings: FloatArray, attention: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Centroids of the tasks' queries [T, D], of length 1, and the cosine [T] that most of each task's queries reach."""
+    """Unit centroids of the tasks' queries [T, D], and the cosine [T] that most of each task's queries reach."""
     most = attention.argmax(1)
     sums = attention.T @ embeddings
     centroids = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-9)

@@ -1,15 +1,15 @@
 """What the nodes of GraphRouter's graph are at serving time: arrays, and the messages that make an expert's node.
 
-Query nodes carry features f [B, F]. A query attends to the T task nodes, p = softmax(f W + b), and reads what every expert's
-node holds of them. For one outcome (effect, or answer length over the expert's mean length) the estimate is
+Query nodes carry features f [B, F]. A query attends to the T task nodes, p = softmax(f W + b), and reads what every
+expert's node holds of them. For one outcome (effect, or answer length over the expert's mean length) the estimate is
 
     p . tasks[:, e] + f . directions[:, e]
 
 Expert nodes are constants, so no graph is needed to serve. A node is made of messages along the expert's observed edges
 alone: each observed query sends its surprise (what was observed less what is expected so far), first to the expert's
 level, then split over the tasks that the query attends to, then along the directions of its features. Every sum is
-shrunk towards a prior as if that many more observations had shown it, so that 16 edges and 4,000 are one formula, and an
-expert that joins later needs no training.
+shrunk towards a prior as if that many more observations had shown it, so that 16 edges and 4,000 are one formula, and
+an expert that joins later needs no training.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from routers.artefact import AnyArray, Artefact
 from routers.contracts import FloatArray
 
 LEVEL_COUNTS_AS = 8.0
-"""Observations that the prior of an expert's level counts as: (noise of one / spread of experts around a prior) squared."""
+"""Observations that the prior of an expert's level counts as: (noise of one / spread of experts around it) squared."""
 DIRECTION_COUNTS_AS = 50.0
 """Observations that 'no direction matters' counts as; learnt gains scale what comes of it."""
 TASK_COUNTS_AS = 1.0
@@ -37,7 +37,7 @@ OUTCOMES = 2
 
 @dataclass(frozen=True, slots=True)
 class QuerySide:
-    """Features to attention over tasks: `centre` [F], `tasks` [F, T], `bias` [T], `directions` [F, P] whitens features."""
+    """Features to attention over tasks: `centre` [F], `tasks` [F, T], `bias` [T]; `directions` [F, P] whiten them."""
 
     centre: FloatArray
     tasks: FloatArray
@@ -81,7 +81,7 @@ class Learnt:
 
 @dataclass(frozen=True, slots=True)
 class ExpertNode:
-    """One expert and outcome: `level`, by task `tasks` [T] beside it, `own` [P] along directions; `counts` [T] observed."""
+    """One expert and outcome: `level`, `tasks` [T] beside it, `own` [P] along directions; `counts` [T] observed."""
 
     level: float
     tasks: FloatArray
@@ -156,11 +156,11 @@ class Nodes:
     def with_expert(self, made: Sequence[ExpertNode], side: QuerySide) -> Self:
         """With one more expert, whose nodes are `made`, one for each outcome."""
         one = _stacked([[node] for node in made], self.shared, side)
-        parts = {
-            name: np.concatenate([getattr(self, name), getattr(one, name)], -1)
-            for name in ("levels", "tasks", "own", "counts", "directions")
-        }
-        return replace(self, **parts)
+        levels, tasks, own, counts = (
+            np.concatenate([getattr(self, name), getattr(one, name)], -1)
+            for name in ("levels", "tasks", "own", "counts")
+        )
+        return self.of(levels, tasks, own, self.shared, counts, side)
 
 
 def make_nodes(effect: FloatArray, length: FloatArray, features: FloatArray, side: QuerySide, learnt: Learnt) -> Nodes:

@@ -1,10 +1,10 @@
 """Training of GraphRouter's network: samples of the graph, half of it hidden; the best step by queries held out.
 
-Every step draws queries, makes expert nodes of the edges of one half, and is scored on the edges of the other half, whose
-queries bring no edges of their own: that is what serving looks like. (The paper hides random edges, so that a query's
-other edges may give it away.) The loss of an estimate is its squared error, of the differences between experts in full
-and of what they have in common at a fraction, since only differences choose; or, as the paper has it, the cross-entropy of
-being the expert of the highest utility. The attention over tasks is taught by the train table's labels beside that.
+Every step draws queries, makes expert nodes of the edges of one half, and is scored on the edges of the other half,
+whose queries bring no edges of their own: that is what serving looks like. (The paper hides random edges, so that a
+query's other edges may give it away.) The loss of an estimate is its squared error, of the differences between experts
+in full and of what they have in common at a fraction, since only differences choose; or, as the paper has it, the
+cross-entropy of being the expert of the highest utility. The attention over tasks is taught by the table's labels.
 """
 
 from __future__ import annotations

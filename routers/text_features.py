@@ -53,9 +53,14 @@ class TextFeatures:
 
     def __call__(self, texts: Sequence[str]) -> FloatArray:
         """The features of `texts`, row by row."""
-        shapes = np.array([_shape(text) for text in texts], np.float32).reshape(len(texts), -1)
+        shapes = np.array([_shape(text) for text in texts], np.float32).reshape(len(texts), len(self.centre))
         words = [_direction(text, self.projection) for text in texts]
-        return np.hstack([(shapes - self.centre) * self.scale, np.array(words, np.float32).reshape(len(texts), -1)])
+        return np.hstack(
+            [
+                (shapes - self.centre) * self.scale,
+                np.array(words, np.float32).reshape(len(texts), self.projection.shape[1] - 1),
+            ]
+        )
 
     def arrays(self) -> dict[str, AnyArray]:
         """For an artefact."""
