@@ -138,7 +138,10 @@ class GraphRouter(FittedRouter[GraphRouterConfig]):
         self._trained_on = len(self.cards)
 
     def _predict(self, texts: Sequence[str], embeddings: FloatArray) -> Prediction:
-        features = self._features(texts, embeddings)
+        return self._score(self._features(texts, embeddings), embeddings)
+
+    def _score(self, features: FloatArray, embeddings: FloatArray) -> Prediction:
+        """What to expect of queries of known features [B, F]: a softmax and matrix products."""
         attention, nodes = self._side.attention(features), self._nodes
         quality = _into_bounds(nodes.expected(EFFECT, attention, features))
         ratio = np.maximum(nodes.expected(LENGTH, attention, features), 0)
