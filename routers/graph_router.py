@@ -30,7 +30,7 @@ from routers.profile import Profile, checked, only
 from routers.search_space import Range
 from routers.text_features import TextFeatures
 
-_FEATURE_SCALE = 4.0  # unit vectors of hundreds of values have small ones: as large as AdamW's steps like them
+_FEATURE_SCALE = 4.0  # unit vectors of hundreds of values have small ones: as large as Adam's steps like them
 _LEAST_VARIANCE = 1e-3  # of a direction of the unscaled features; weaker ones are shrunk
 _QUERIES_PER_CLUSTER = 60  # where a table has no task labels, so that each of them is seen often enough
 _MOST_CLUSTERS = 32
@@ -38,7 +38,8 @@ _KNOWN_SHARE = 0.99  # of a task's train queries count as like it
 
 
 class GraphRouterConfig(RouterConfig):
-    """AdamW's `steps` at most, `learning_rate`, weight `decay`; `dropout` of features; `directions` of the features.
+    """Adam's `steps` at most and `learning_rate`; `decay` penalises the weights of the attention over tasks, squared;
+    `dropout` of features; `directions` of the features.
 
     `own_directions` lets each expert's edges say something along the directions, beside what all experts share there.
     `task_nodes` are those of the train table's labels, of clusters of its queries, or none. `caution` in spreads of
@@ -48,12 +49,12 @@ class GraphRouterConfig(RouterConfig):
 
     steps: Annotated[int, Field(ge=1)] = 300
     learning_rate: Annotated[float, Field(gt=0), Range(3e-3, 5e-2, log=True)] = 0.02
-    decay: Annotated[float, Field(ge=0), Range(1e-4, 1.0, log=True)] = 0.01
+    decay: Annotated[float, Field(ge=0), Range(3e-5, 3e-2, log=True)] = 3e-4
     dropout: Annotated[float, Field(ge=0, lt=1), Range(0.0, 0.5)] = 0.2
     directions: Annotated[int, Field(ge=1), Range(8, 128, log=True)] = 32
     own_directions: bool = False
     task_nodes: Literal["labels", "clusters", "none"] = "labels"
-    caution: Annotated[float, Field(ge=0)] = 0.5
+    caution: Annotated[float, Field(ge=0)] = 1.0
     loss: Literal["effect", "one_hot"] = "effect"
     alpha: Annotated[float, Field(ge=0)] = 1.0
     beta: Annotated[float, Field(ge=0)] = 0.0

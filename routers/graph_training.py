@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,7 +38,7 @@ _NARROW = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class TrainingOptions:
-    """Steps of AdamW and what they minimise."""
+    """Steps of Adam and what they minimise; `decay` is a squared penalty on the attention's weights."""
 
     steps: int
     learning_rate: float
@@ -122,9 +122,7 @@ class _Run:
             self._fitted = order
         named = dict(network.named_parameters())
         self._names = [name for name, parameter in named.items() if parameter.requires_grad]
-        decayed, free = [named["tasks"]], [named[name] for name in self._names if name != "tasks"]
-        groups = [{"params": decayed, "weight_decay": options.decay}, {"params": free, "weight_decay": 0.0}]
-        self._optimiser = torch.optim.AdamW(cast("Any", groups), lr=options.learning_rate)
+        self._optimiser = torch.optim.Adam([named[name] for name in self._names], lr=options.learning_rate)
         self._best = {name: parameter.detach().clone() for name, parameter in named.items()}
         self._least, self._best_step = float("inf"), 0
 
@@ -175,7 +173,8 @@ class _Run:
         labels, taught = hidden["query"].label, asked_logs
         if taught_by_seen:
             labels, taught = torch.cat([seen["query"].label, labels]), torch.cat([logs, taught])
-        return effect + _LENGTH_WEIGHT * length + _LABEL_WEIGHT * _taught(taught, labels)
+        decay = self._options.decay * (network.tasks**2).sum()
+        return effect + _LENGTH_WEIGHT * length + _LABEL_WEIGHT * (_taught(taught, labels) + decay)
 
     def _resume(self) -> int:
         found = self._checkpoint.load()
@@ -186,7 +185,7 @@ class _Run:
         self._network.load_state_dict({name: tensors[f"now.{name}"] for name in self._names}, strict=False)
         self._best = {name: tensors[f"best.{name}"] for name in self._best}
         self._least, self._best_step = float(arrays["least"][0]), int(arrays["best_step"][0])
-        state = {place: _moments(tensors, name) for place, name in enumerate(self._ordered())}
+        state = {place: _moments(tensors, name) for place, name in enumerate(self._names)}
         self._optimiser.load_state_dict({**self._optimiser.state_dict(), "state": state})
         return step
 
@@ -197,10 +196,6 @@ class _Run:
             arrays[f"now.{name}"] = named[name].detach().numpy()
             arrays |= {f"{key}.{name}": value.numpy() for key, value in self._optimiser.state[named[name]].items()}
         return {**arrays, "least": np.array([self._least]), "best_step": np.array([self._best_step])}
-
-    def _ordered(self) -> list[str]:
-        """Names in the optimiser's own order."""
-        return ["tasks", *(name for name in self._names if name != "tasks")]
 
 
 def _moments(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:

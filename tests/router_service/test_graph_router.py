@@ -1,4 +1,4 @@
-"""GraphRouter in service: trained by the command's own function, promoted while requests run, explained by its numbers."""
+"""GraphRouter in service: trained as the command trains, promoted while requests run, explained by its numbers."""
 
 from __future__ import annotations
 

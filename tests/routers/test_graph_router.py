@@ -306,7 +306,7 @@ def test_options_are_searchable() -> None:
 # Samples of the graph
 
 OPTIONS = TrainingOptions(
-    steps=40, learning_rate=0.02, decay=0.01, dropout=0.2, loss="effect", own_directions=True, seed=1
+    steps=40, learning_rate=0.02, decay=3e-4, dropout=0.2, loss="effect", own_directions=True, seed=1
 )
 
 
