@@ -107,6 +107,10 @@ class GraphRouter(FittedRouter[GraphRouterConfig]):
         expert that nobody has seen must promise more to be chosen. A second call replaces the first. Not while another
         thread estimates.
         """
+        if observations is not None and self.config.loss == "one_hot":
+            raise RouterConfigError(
+                "with loss: one_hot an expert cannot join by its own observations: whether it was best they do not say"
+            )
         if card.name in {joined.name for joined in self.cards[self._trained_on :]}:
             self._leave(card.name)
         super().add_expert(card, observations)
@@ -219,10 +223,6 @@ class GraphRouter(FittedRouter[GraphRouterConfig]):
 
     def _join(self, newcomer: Newcomer, observations: Observations) -> None:
         """Make a node of what was observed, its prior being what its peers' nodes hold, and take it in."""
-        if self.config.loss == "one_hot":
-            raise RouterConfigError(
-                "with loss: one_hot an expert cannot join by its own observations: whether it was best they do not say"
-            )
         table = checked(only(observations, newcomer.card.name))
         table = table.rows(np.flatnonzero(np.isfinite(table.quality[:, 0])))
         features, tokens = self._features(table.texts, self._embed(table.texts)), table.output_tokens[:, 0]

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+import yaml
 
 from experts.cards import ExpertCard
 from routers.checkpoint import Checkpoint
@@ -22,6 +23,7 @@ from routers.graph_router import GraphRouter, GraphRouterConfig
 from routers.graph_state import EFFECT, LENGTH
 from routers.graph_training import Graph, TrainingOptions, train_network
 from routers.registry import create_router, load_router
+from training.metrics import REWARD_SETTINGS
 
 FAST = {"steps": 40, "directions": 8}
 
@@ -345,3 +347,10 @@ def test_steps_sample_a_large_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Graph, "part", part)
     train_network(random_graph(experts=6, queries=300), np.eye(12, 5, dtype=np.float32), 3, OPTIONS, Checkpoint())
     assert max(drawn) <= 40
+
+
+@pytest.mark.parametrize("path", sorted(Path("deploy/routers").glob("graph-*.yaml")), ids=lambda path: path.stem)
+def test_the_papers_settings_are_options_of_this_router(path: Path) -> None:
+    config = GraphRouterConfig.model_validate(yaml.safe_load(path.read_text("utf-8")))
+    weights = REWARD_SETTINGS[path.stem.removeprefix("graph-").replace("-", "_")]
+    assert (config.loss, (config.alpha, config.beta)) == ("one_hot", weights)
