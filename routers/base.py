@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar, Generic, Self, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from experts.cards import ExpertCard
@@ -239,6 +240,22 @@ class FittedRouter(ABC, Generic[ConfigT]):
             tokens_per_char=shrunk_mean(table.input_tokens[:, 0] / chars, blank.tokens_per_char),
             seconds_per_token=shrunk_mean(speed, blank.seconds_per_token),
         )
+
+    def _append_expert(self, card: ExpertCard, row: Profile) -> None:
+        """Take `card`, of which a subclass knows as of those fitted on, in as the last of `self.cards`."""
+        fitted = self._require()
+        self._fitted = _Fitted(
+            (*fitted.cards, card),
+            fitted.profile.joined(row),
+            fitted.prior.joined(card, self._descriptions([card])),
+        )
+        self._views = {}
+
+    def _keep_experts(self, keep: npt.NDArray[np.intp]) -> None:
+        """Go on with the experts at `keep` alone."""
+        fitted = self._require()
+        self._fitted = _Fitted(tuple(fitted.cards[i] for i in keep), fitted.profile.at(keep), fitted.prior.at(keep))
+        self._views = {}
 
     def _view(self, cards: Sequence[ExpertCard]) -> _View:
         """What is the same for every query to `cards`; kept, since a service asks for the same cards every time."""

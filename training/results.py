@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.results", description=__doc__)
     parser.add_argument("experiment", nargs="*", choices=["", *_EXPERIMENTS], help="by default all of them")
     for name in parser.parse_args(arguments).experiment or _EXPERIMENTS:
-        _write(name, _EXPERIMENTS[name]())
+        write(name, _EXPERIMENTS[name](), command=f"python -m training.results {name}")
     DOCUMENT.write_text(with_tables(DOCUMENT.read_text("utf-8"), RESULTS), "utf-8")
 
 
@@ -57,8 +57,8 @@ def data_folder(table: str) -> Path:
     return Path(os.environ.get("ROUTER_DATA_DIR") or "../shared/data") / "routing" / table
 
 
-def _write(name: str, results: Any) -> None:
-    command = f"python -m training.results {name}"
+def write(name: str, results: Any, *, command: str) -> None:
+    """Write docs/results/NAME.json, with the command that makes it."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"command": command, "results": results}, indent=1, ensure_ascii=False)
     (RESULTS / f"{name}.json").write_text(_narrow(text) + "\n", "utf-8")
