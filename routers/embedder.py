@@ -15,9 +15,9 @@ from pathlib import Path
 
 import numpy as np
 
+from experts.embedding.encoder import DEFAULT_MODEL, EmbedderConfig, Encoder, EncoderFiles
 from routers.contracts import FloatArray
 from routers.embedding_store import EmbeddingStore
-from routers.encoder import DEFAULT_MODEL, EmbedderConfig, Encoder, EncoderFiles
 
 __all__ = ["DEFAULT_MODEL", "Embedder", "EmbedderConfig", "cache_folder", "shared_embedder"]
 
