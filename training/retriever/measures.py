@@ -35,6 +35,12 @@ def ndcg(ranking: Sequence[str], grades: Mapping[str, int], count: int = 10) -> 
     return _discounted(gains) / _discounted(best) if best else 0.0
 
 
+def own_ndcg(vectors: FloatArray, pool: FloatArray) -> list[float]:
+    """nDCG@10 of queries [B, D] of which the i-th is answered by the i-th text of `pool` [N, D] alone."""
+    places = [np.flatnonzero(row == i) for i, row in enumerate(top(vectors @ pool.T, 10))]
+    return [1 / math.log2(found[0] + 2) if len(found) else 0.0 for found in places]
+
+
 def recall(ranking: Sequence[str], grades: Mapping[str, int], count: int = 100) -> float:
     """The share of the relevant documents that are among the first `count`."""
     return sum(document in grades for document in ranking[:count]) / len(grades) if grades else 0.0
@@ -62,6 +68,7 @@ class BM25:
         for place, count in enumerate(counts):
             for term, times in count.items():
                 postings.setdefault(term, []).append((place, times))
+        self._frequency = {term: len(found) for term, found in postings.items()}
         self._weights: dict[str, tuple[Ranking, FloatArray]] = {}
         for term, found in postings.items():
             places, times = np.array(found).T
@@ -76,3 +83,11 @@ class BM25:
                 places, weights = self._weights[term]
                 scores[places] += weights
         return scores
+
+    def commonest(self, count: int) -> list[str]:
+        """The words that are in the most documents, in fewer than half of them where the documents are many."""
+        most = max(2, self._documents // 2)
+        found = [
+            term for term in self._frequency if self._frequency[term] <= most and not term.isdigit() and len(term) > 2
+        ]
+        return sorted(found, key=lambda term: (-self._frequency[term], term))[:count]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.retriever.corpus import Corpus, read_queries, training_judgments
+from training.retriever.corpus import Corpus, read_queries, train_judgments
 
 HELD_OUT_SHARE = 0.1
 MOST_HELD_OUT = 300
@@ -53,7 +53,7 @@ def pairs_of(corpus: Corpus, *, seed: int = 0, most: int = 6000, sentences: int 
 
 
 def _judged_pairs(corpus: Corpus) -> Iterator[Pair]:
-    judged = training_judgments(corpus.folder)
+    judged = train_judgments(corpus.folder)
     if not judged:
         return
     places = {document: place for place, document in enumerate(corpus.ids)}
