@@ -231,7 +231,7 @@ class Fleet(_Model):
             if entry.adapter and entry.adapter.base not in bases:
                 known = ", ".join(map(repr, sorted(bases))) or "none"
                 raise ValueError(
-                    f"expert {entry.name!r}: base {entry.adapter.base!r} is no local expert or encoder; these are: {known}"
+                    f"expert {entry.name!r}: base {entry.adapter.base!r} is no local model or encoder; there are: {known}"
                 )
         return self
 
@@ -242,7 +242,7 @@ class Fleet(_Model):
 
     @property
     def groups(self) -> tuple[ExpertGroup, ...]:
-        """What is deployed on its own: models and encoders with their adapters, remote experts that ask for resources."""
+        """What is deployed on its own: models and encoders with adapters, remote experts that ask for resources."""
         return tuple(
             ExpertGroup(
                 head=entry, adapters=tuple(e for e in self.experts if e.adapter and e.adapter.base == entry.name)

@@ -1,9 +1,9 @@
 """RouterRetriever (AAAI 2025, arXiv 2409.02685): a query goes to the expert whose pilots are most like it.
 
-Fitted on queries of known domains (the table's tasks) and what every expert made of each. A domain's queries are grouped
-by the expert that served them best; the centroid of a group's embeddings, on the unit sphere, is a pilot of that expert,
-so that T experts on T domains have at most T^2. Estimating, an expert's quality is the aggregated cosine of the query to
-its pilots, from -1..1 to 0..1: a ranking, not a probability. Nothing is trained: another domain is more pilots.
+Fitted on queries of known domains (the table's tasks) and what every expert made of each. A domain's queries are
+grouped by the expert that served them best; the centroid of a group's embeddings, on the unit sphere, is a pilot of that
+expert, so that T experts on T domains have at most T^2. Estimating, an expert's quality is the aggregated cosine of the
+query to its pilots, from -1..1 to 0..1: a ranking, not a probability. Nothing is trained: a domain is some pilots more.
 
 The paper aggregates by the mean, its public code by the maximum. The mean of dot products is the dot product with the
 mean, so that there a thousand experts are one product of a vector with a matrix.
@@ -97,7 +97,7 @@ class RouterRetriever(FittedRouter[RouterRetrieverConfig]):
 def _best_experts(table: Observations) -> npt.NDArray[np.int64]:
     """The expert that served each query best [Q].
 
-    Many queries are served equally well by several experts: then it is the one of them that is best in the whole domain.
+    Many queries are served equally well by several experts: then it is the one of them that is best in the domain.
     """
     quality = np.where(np.isnan(table.quality), -1.0, table.quality).astype(np.float64)
     tasks = np.array(table.tasks)

@@ -105,7 +105,7 @@ class AdaptedEncoder:
 
 
 class _Choice:
-    """Which adapter each token of the coming forward pass goes through: [B * T, 1], or None where all go through none."""
+    """Which adapter each token of the coming pass goes through: [B * T, 1], or None where all go through none."""
 
     def __init__(self) -> None:
         self.places: Tensor | None = None

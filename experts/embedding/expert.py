@@ -36,7 +36,10 @@ def build_encoder(group: ExpertGroup) -> dict[str, Expert]:
     runtime = Runtime(encoder, files.dimensions, max_queue=source.max_queue, threads=ceil(group.resources.cpus))
     shared = Shared(runtime, runtime.close)
     adapters = [None, *(entry.name for entry in group.adapters)]
-    return {entry.name: EmbeddingExpert(entry, adapter, shared) for entry, adapter in zip(group.entries, adapters)}
+    return {
+        entry.name: EmbeddingExpert(entry, adapter, shared)
+        for entry, adapter in zip(group.entries, adapters, strict=True)
+    }
 
 
 def _folder(entry: FleetEntry) -> Path:

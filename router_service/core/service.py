@@ -17,6 +17,7 @@ from router_service.core.admission import Admission, Gate
 from router_service.core.calls import Lane
 from router_service.core.health import HealthMonitor
 from router_service.core.routing import Plan, RouterSlot, watch_promotions
+from router_service.core.search import SearchIndex
 from router_service.errors import BadRequestError, ModelNotFoundError, StateError
 from router_service.metrics import Metrics
 from router_service.settings import Settings
@@ -60,6 +61,7 @@ class Service:
         self.cache = AnswerCache(link)
         self.sessions = Sessions(link)
         self.ledger = LedgerWriter(link, settings.data_folder / "spool", max_entries=settings.ledger_max_entries)
+        self.index = SearchIndex(settings.index) if settings.index else None
         self.health = HealthMonitor(experts, metrics)
         self._slots: list[RouterSlot] = list({id(plan.slot): plan.slot for plan in plans.values()}.values())
         self._tasks: set[asyncio.Task[None]] = set()
@@ -82,6 +84,8 @@ class Service:
             slot.close()
         for expert in self.experts.values():
             await expert.close()
+        if self.index:
+            self.index.close()
         await self.link.close()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:

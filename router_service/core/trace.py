@@ -53,7 +53,7 @@ class Trace:
     request_id: str
     at: float
     key: str
-    endpoint: Endpoint
+    endpoint: Endpoint | Literal["search"]
     model: str
     stream: bool
     policy: str | None = None

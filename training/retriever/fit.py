@@ -1,27 +1,28 @@
 """One LoRA adapter on the query side of a frozen encoder, trained with in-batch negatives.
 
 Documents stay as the frozen encoder has them, so their vectors are computed once, before training, and an index that
-exists stays good. The loss of a batch of pairs is the cross-entropy of each query's own text among the texts of all
-others, cosines over a temperature. How much of what was learnt is kept is chosen on held-out pairs: the adapter's scale
-is tried from nothing to all, so that an adapter which would harm its domain ends as the base.
+exists stays good. The loss of a batch of pairs is the cross-entropy of each query's own text among those of others,
+cosines over a temperature. How much of what was learnt is kept is chosen on held-out pairs: the adapter's scale is tried
+from nothing to all (as WiSE-FT interpolates, arXiv 2109.01903), so that one that would harm its domain ends as the base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from experts.embedding.encoder import EmbedderConfig, Encoder, EncoderFiles, padded
 from routers.checkpoint import Checkpoint
 from routers.contracts import FloatArray
+from training.metrics import Floats
 from training.retriever.measures import own_ndcg
 from training.retriever.pairs import Pair, Pairs
 
@@ -34,8 +35,8 @@ class AdapterConfig(BaseModel):
     """How an adapter is trained, with the paper's temperature, rank and alpha.
 
     `negatives`: a query's wrong answers are the other texts of its `batch` (the paper's), or all of its `domain`, whose
-    vectors are there anyway. A step sees `batch_size` queries, fewer where a domain has few pairs. The defaults are those
-    that did best on held-out pairs (docs/retrieval.md); the paper's own are `batch` and a learning rate of 1e-4.
+    vectors are there anyway. A step sees `batch_size` queries, fewer where a domain has few pairs. The defaults are
+    those that did best on held-out pairs (docs/retrieval.md); the paper's are `batch` and a learning rate of 1e-4.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -82,9 +83,23 @@ def fit_adapter(
     steps = _train(model, queries, [pair.document for pair in pairs.train], torch.from_numpy(texts), seed, checkpoint)
     pool = np.concatenate([held_out_texts, texts])
     measured = {scale: model.measure(pairs.held_out, pool, scale) for scale in SCALES}
-    scale = max(SCALES, key=lambda scale: (round(measured[scale], 4), -scale))
+    scale = cautious_scale(measured)
     model.save(folder, scale)
-    return Trained(scale, measured, steps)
+    return Trained(scale, {scale: float(values.mean()) for scale, values in measured.items()}, steps)
+
+
+def cautious_scale(measured: Mapping[float, Floats]) -> float:
+    """The smallest scale that the held-out pairs [Q] cannot tell from the best: within one standard error of it.
+
+    Pairs made of documents are not what people ask: of what they cannot decide, the base knows more.
+    """
+    best = measured[max(measured, key=lambda scale: measured[scale].mean())]
+
+    def equals_best(values: Floats) -> bool:
+        lost = best - values
+        return bool(lost.mean() <= lost.std() / np.sqrt(len(lost)))
+
+    return min(scale for scale, values in measured.items() if equals_best(values))
 
 
 def _train(
@@ -174,11 +189,11 @@ class _QuerySide:
                 for name in module.scaling:
                     module.scaling[name] = scale * self.config.alpha / self.config.rank
 
-    def measure(self, pairs: Sequence[Pair], pool: FloatArray, scale: float) -> float:
-        """Mean nDCG@10 of held-out queries, whose own texts are the first of `pool`."""
+    def measure(self, pairs: Sequence[Pair], pool: FloatArray, scale: float) -> Floats:
+        """nDCG@10 of each held-out query, whose own texts are the first of `pool`."""
         self.set_scale(scale)
         vectors = self._encoder.encode_tokens(self.tokenize([pair.query for pair in pairs]))
-        return float(np.mean(own_ndcg(vectors, pool)))
+        return np.array(own_ndcg(vectors, pool))
 
     def save(self, folder: Path, scale: float) -> None:
         """As PEFT has it, with the scale in alpha."""

@@ -48,7 +48,7 @@ from training.observations import ObservedQuery, load_table, read_rows, write_ta
 from training.retriever.corpus import Corpus, read_corpus, sha256_of
 from training.retriever.fit import AdapterConfig, fit_adapter
 from training.retriever.measures import BM25, own_ndcg
-from training.retriever.pairs import Pair, Pairs, pairs_of
+from training.retriever.pairs import Pair, pairs_of
 
 OnProgress = Callable[[str, int, int], None]
 """Hears of a step's name, how much of it is done, and how much there is."""
