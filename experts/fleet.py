@@ -231,7 +231,7 @@ class Fleet(_Model):
             if entry.adapter and entry.adapter.base not in bases:
                 known = ", ".join(map(repr, sorted(bases))) or "none"
                 raise ValueError(
-                    f"expert {entry.name!r}: base {entry.adapter.base!r} is no local model or encoder; there are: {known}"
+                    f"expert {entry.name!r}: base {entry.adapter.base!r} is no model or encoder; there are: {known}"
                 )
         return self
 

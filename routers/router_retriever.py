@@ -1,9 +1,10 @@
 """RouterRetriever (AAAI 2025, arXiv 2409.02685): a query goes to the expert whose pilots are most like it.
 
 Fitted on queries of known domains (the table's tasks) and what every expert made of each. A domain's queries are
-grouped by the expert that served them best; the centroid of a group's embeddings, on the unit sphere, is a pilot of that
-expert, so that T experts on T domains have at most T^2. Estimating, an expert's quality is the aggregated cosine of the
-query to its pilots, from -1..1 to 0..1: a ranking, not a probability. Nothing is trained: a domain is some pilots more.
+grouped by the expert that served them best; the centroid of a group's embeddings, on the unit sphere, is a pilot of
+that expert, so that T experts on T domains have at most T^2. Estimating, an expert's quality is the aggregated cosine
+of the query to its pilots, from -1..1 to 0..1: a ranking, not a probability. Nothing is trained: another domain is some
+pilots more.
 
 The paper aggregates by the mean, its public code by the maximum. The mean of dot products is the dot product with the
 mean, so that there a thousand experts are one product of a vector with a matrix.
@@ -47,13 +48,13 @@ class RouterRetriever(FittedRouter[RouterRetrieverConfig]):
         tasks = np.array(table.tasks)
         groups = sorted({(task, expert) for task, expert in zip(table.tasks, best.tolist(), strict=True)})
         centroids = [embeddings[(tasks == task) & (best == expert)].mean(0) for task, expert in groups]
-        self._take(np.array([_unit(one) for one in centroids]), np.array([expert for _, expert in groups], np.int64))
+        self.take(np.array([_unit(one) for one in centroids]), np.array([expert for _, expert in groups], np.int64))
 
-    def _take(self, pilots: FloatArray, experts: npt.NDArray[np.int64]) -> None:
-        """Pilots [P, D] and whose each is [P]."""
+    def take(self, pilots: FloatArray, experts: npt.NDArray[np.int64]) -> None:
+        """Route by these pilots [P, D]; `experts` [P] says whose each is, by its place among the cards."""
         order = np.argsort(experts, kind="stable")
         self._pilots, self._experts = pilots[order].astype(np.float32), experts[order]
-        self._owners, self._starts = np.unique(self._experts, return_index=True)
+        self.owners, self._starts = np.unique(self._experts, return_index=True)
         sums = np.add.reduceat(self._pilots, self._starts) if len(pilots) else self._pilots
         counts = np.diff([*self._starts, len(self._experts)])
         self._means = np.ascontiguousarray((sums / counts[:, None]).T.astype(np.float32))
@@ -65,8 +66,8 @@ class RouterRetriever(FittedRouter[RouterRetrieverConfig]):
 
     def _predict(self, texts: Sequence[str], embeddings: FloatArray) -> Prediction:
         cosine = np.full((len(embeddings), len(self.cards)), _NO_PILOT, np.float32)
-        cosine[:, self._owners] = self.similarity(embeddings)
-        quality = (1 + cosine) / 2
+        cosine[:, self.owners] = self.similarity(embeddings)
+        quality = (1 + cosine) / np.float32(2)
         return Prediction(quality, np.zeros_like(quality))
 
     def similarity(self, embeddings: FloatArray) -> FloatArray:
@@ -78,7 +79,8 @@ class RouterRetriever(FittedRouter[RouterRetrieverConfig]):
         if self.config.aggregation == "max":
             best: FloatArray = np.maximum.reduceat(cosines, self._starts, axis=1)
             return best
-        weights = np.exp((cosines - cosines.max(1, keepdims=True)) / self.config.temperature) + np.float32(1e-30)
+        warmth = np.float32(self.config.temperature)
+        weights: FloatArray = np.exp((cosines - cosines.max(1, keepdims=True)) / warmth) + np.float32(1e-30)
         weighted = np.add.reduceat(weights * cosines, self._starts, axis=1)
         softmax: FloatArray = weighted / np.add.reduceat(weights, self._starts, axis=1)
         return softmax
@@ -91,7 +93,7 @@ class RouterRetriever(FittedRouter[RouterRetrieverConfig]):
         experts = artefact.array("pilot_experts", len(pilots))
         if len(experts) and not 0 <= experts.min() <= experts.max() < len(self.cards):
             artefact.refuse("has a pilot of an expert that is not there")
-        self._take(pilots.astype(np.float32), experts.astype(np.int64))
+        self.take(pilots.astype(np.float32), experts.astype(np.int64))
 
 
 def _best_experts(table: Observations) -> npt.NDArray[np.int64]:

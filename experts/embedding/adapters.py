@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -130,7 +131,7 @@ class _AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The frozen layer's output plus that of each token's adapter."""
         y: Tensor = self.linear(x)
-        if self._choice.places is None or self.stack is None:
+        if self._choice.places is None or self.stack is None or x.dim() < 3:  # BERT's pooler, which no vector is of
             return y
         flat = mixed_lora(
             x.flatten(0, -2), self.stack, self._choice.places, self._choice.weights, base=y.flatten(0, -2)
@@ -160,7 +161,7 @@ def _stack(linear: nn.Module, weights: Sequence[LoraWeights | None]) -> AdapterS
     """All adapters of one layer; one that leaves this layer alone is one row of zeros."""
     if not any(weights):
         return None
-    frozen = linear.weight
+    frozen = cast("nn.Linear", linear).weight
     nothing = (frozen.new_zeros(1, frozen.shape[1]), frozen.new_zeros(frozen.shape[0], 1))
     pairs = [(one.a.to(frozen), one.b.T.to(frozen)) if one else nothing for one in weights]
     return AdapterStack.pack([[pair] for pair in pairs], [1.0] * len(pairs))

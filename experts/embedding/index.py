@@ -199,7 +199,8 @@ class DocumentIndex:
         return found
 
     def _documents(self, numbers: Iterable[int]) -> dict[int, Document]:
-        wanted, found = list(numbers), {}
+        wanted = list(numbers)
+        found: dict[int, Document] = {}
         for start in range(0, len(wanted), _BATCH):
             some = wanted[start : start + _BATCH]
             rows = self._db.execute(
@@ -230,12 +231,19 @@ class _Change:
         return self._vectors
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._owner._db.execute("ROLLBACK")
+            return
+        try:
+            self._commit()
+        except BaseException:
+            self._owner._db.execute("ROLLBACK")
+            raise
+
+    def _commit(self) -> None:
         import faiss
 
         owner, old = self._owner, self._owner._generation
-        if kind is not None:
-            owner._db.execute("ROLLBACK")
-            return
         part = owner.folder / f"vectors-{old + 1}.part"
         faiss.write_index(self._vectors, str(part))
         part.replace(owner._file(old + 1))

@@ -10,7 +10,7 @@ from router_service.core.exchange import Ask, Exchange
 from router_service.core.service import DEFAULT_POLICY, Service
 from router_service.errors import BadRequestError, NotFoundError
 from router_service.http.answers import carry_out
-from router_service.http.connection import Connection
+from router_service.http.connection import REQUEST_ID, Connection
 from router_service.http.validation import take_options
 
 _FIELDS = {"model", "query", "top_k", "user"}
@@ -28,8 +28,14 @@ async def search(service: Service, connection: Connection) -> None:
         options = take_options(body, connection)
         queries, count = _read(body)
         embedding = {"model": body.get("model", DEFAULT_POLICY), "input": queries}
+        answer_id = f"srch-{uuid.uuid4().hex}"
         ask = Ask(
-            id=f"srch-{uuid.uuid4().hex}", key=key, endpoint="embeddings", body=embedding, session=options.session
+            id=answer_id,
+            request_id=connection.text_header(REQUEST_ID) or answer_id,
+            key=key,
+            endpoint="embeddings",
+            body=embedding,
+            session=options.session,
         )
         exchange = Exchange(service, ask)
         exchange.trace.endpoint = "search"

@@ -2,8 +2,8 @@
 
 Documents stay as the frozen encoder has them, so their vectors are computed once, before training, and an index that
 exists stays good. The loss of a batch of pairs is the cross-entropy of each query's own text among those of others,
-cosines over a temperature. How much of what was learnt is kept is chosen on held-out pairs: the adapter's scale is tried
-from nothing to all (as WiSE-FT interpolates, arXiv 2109.01903), so that one that would harm its domain ends as the base.
+cosines over a temperature. How much of what was learnt is kept is chosen on held-out pairs: scales from nothing to all
+are tried (as WiSE-FT interpolates, arXiv 2109.01903), so that an adapter that would harm its domain ends as the base.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def _train(
             config.temperature,
         )
         optimizer.zero_grad()
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters, 1.0)
         optimizer.step()
         checkpoint.step(step + 1, steps, lambda: model.state(optimizer))

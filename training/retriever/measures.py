@@ -16,9 +16,9 @@ Ranking = npt.NDArray[np.intp]
 """The places of the best documents, best first."""
 
 _WORD = re.compile(r"[a-z0-9]+")
-_COMMON = """a about an and are as at be been but by can could do does for from had has have how i if in into is it its may
-no not of on or other so such than that the their then there these they this to was we were what when where which while
-who will with would you"""
+_COMMON = """a about an and are as at be been but by can could do does for from had has have how i if in into is it its
+may no not of on or other so such than that the their then there these they this to was we were what when where which
+while who will with would you"""
 _STOPWORDS = frozenset(_COMMON.split())
 
 
