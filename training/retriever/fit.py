@@ -26,7 +26,7 @@ from training.metrics import Floats
 from training.retriever.measures import own_ndcg
 from training.retriever.pairs import Pair, Pairs
 
-SCALES = (0.0, 0.25, 0.5, 0.75, 1.0)
+SCALES = (0.0, 0.5, 1.0)
 _FEWEST_BATCHES = 16  # of an epoch
 _BUCKET = 8  # batches that are drawn together and sorted by length, so that little is padded
 
@@ -46,9 +46,9 @@ class AdapterConfig(BaseModel):
     targets: tuple[str, ...] = ("query", "value")
     temperature: float = Field(default=0.05, gt=0)
     learning_rate: float = Field(default=5e-4, gt=0)
-    batch_size: int = Field(default=64, ge=2)
+    batch_size: int = Field(default=32, ge=2)
     epochs: int = Field(default=4, ge=1)
-    max_steps: int = Field(default=160, ge=1)
+    max_steps: int = Field(default=100, ge=1)
     query_tokens: int = Field(default=64, ge=8)
     negatives: Literal["batch", "domain"] = "domain"
 

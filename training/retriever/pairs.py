@@ -16,7 +16,7 @@ import numpy as np
 from training.retriever.corpus import Corpus, read_queries, train_judgments
 
 HELD_OUT_SHARE = 0.1
-MOST_HELD_OUT = 300
+MOST_HELD_OUT = 120
 _SENTENCE_END = re.compile(r"(?<=[.?!])\s+|\n+")
 _FEWEST_WORDS, _MOST_WORDS, _WORDS_OF_A_PIECE, _FEWEST_WORDS_LEFT = 3, 40, 16, 5
 

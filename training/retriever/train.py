@@ -75,7 +75,7 @@ class RetrieverSpec(BaseModel):
     adapter: AdapterConfig = AdapterConfig()
     aggregation: Aggregation = "mean"
     most_pairs: int = Field(default=6000, ge=20)
-    pilot_queries: int = Field(default=300, ge=1)
+    pilot_queries: int = Field(default=150, ge=1)
     seed: int = Field(default=0, ge=0)
 
 
