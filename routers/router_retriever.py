@@ -80,7 +80,8 @@ class RouterRetriever(FittedRouter[RouterRetrieverConfig]):
             best: FloatArray = np.maximum.reduceat(cosines, self._starts, axis=1)
             return best
         warmth = np.float32(self.config.temperature)
-        weights: FloatArray = np.exp((cosines - cosines.max(1, keepdims=True)) / warmth) + np.float32(1e-30)
+        warm: FloatArray = ((cosines - cosines.max(1, keepdims=True)) / warmth).astype(np.float32)
+        weights: FloatArray = np.exp(warm) + np.float32(1e-30)
         weighted = np.add.reduceat(weights * cosines, self._starts, axis=1)
         softmax: FloatArray = weighted / np.add.reduceat(weights, self._starts, axis=1)
         return softmax

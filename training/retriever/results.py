@@ -145,7 +145,7 @@ def _routing(collections: Collections, measured: Measured) -> Json:
     own = measured.routed["dataset_oracle"]
     return {
         way: {
-            name: float(np.mean([experts[i] == own[i] for i in np.flatnonzero(collections.of_query == place)]))
+            name: float(np.mean([experts[i] == own[i] for i in np.flatnonzero(collections.of_query == place).tolist()]))
             for place, name in enumerate(collections.names)
         }
         for way, experts in measured.routed.items()
@@ -218,21 +218,21 @@ _said: dict[str, float] = {}
 
 def with_tables(document: str, results: Json) -> str:
     """`document` with the tables between `<!-- NAME -->` and `<!-- end -->` made from `results`."""
-    tables = {
-        "alone": lambda: _systems_table(results["systems"]["alone"]),
-        "mixed": lambda: _systems_table(results["systems"]["mixed"]),
-        "differences": lambda: _differences_table(results["differences"]),
-        "routing": lambda: _routing_table(results["routing"]),
-        "domains": lambda: _domains_table(results["domains"]),
-        "left-out": lambda: _left_out_table(results["left_out"]),
-        "times": lambda: _times_table(results["times"]),
+    made = {
+        "alone": _systems_table(results["systems"]["alone"]),
+        "mixed": _systems_table(results["systems"]["mixed"]),
+        "differences": _differences_table(results["differences"]),
+        "routing": _routing_table(results["routing"]),
+        "domains": _domains_table(results["domains"]),
+        "left-out": _left_out_table(results["left_out"]),
+        "times": _times_table(results["times"]),
     }
-    for name, table in tables.items():
-        if name.replace("-", "_") in results or name in ("alone", "mixed"):
-            pattern = rf"<!-- {name} -->\n(?:(?!<!--).)*<!-- end -->"
-            made = f"<!-- {name} -->\n\n{table()}\n\n<!-- end -->"
-            document = re.sub(pattern, lambda _, made=made: made, document, flags=re.DOTALL)
-    return document
+
+    def replaced(found: re.Match[str]) -> str:
+        table = made.get(found["name"])
+        return f"<!-- {found['name']} -->\n\n{table}\n\n<!-- end -->" if table else found[0]
+
+    return re.sub(r"<!-- (?P<name>[\w-]+) -->\n(?:(?!<!--).)*<!-- end -->", replaced, document, flags=re.DOTALL)
 
 
 def _systems_table(figures: Json) -> str:
