@@ -81,7 +81,7 @@ class RouterRetriever(FittedRouter[RouterRetrieverConfig]):
             return best
         warmth = np.float32(self.config.temperature)
         warm: FloatArray = ((cosines - cosines.max(1, keepdims=True)) / warmth).astype(np.float32)
-        weights: FloatArray = np.exp(warm) + np.float32(1e-30)
+        weights: FloatArray = (np.exp(warm) + 1e-30).astype(np.float32)
         weighted = np.add.reduceat(weights * cosines, self._starts, axis=1)
         softmax: FloatArray = weighted / np.add.reduceat(weights, self._starts, axis=1)
         return softmax
