@@ -169,6 +169,15 @@ def evaluate(retriever: Retriever, collections: Collections, on_progress: OnProg
     return Measured(systems, routed)
 
 
+def measure_routed(retriever: Retriever, collections: Collections, aggregation: Aggregation) -> Measured:
+    """RouterRetriever by one aggregation alone."""
+    vectors = retriever.vectors(collections.queries)
+    experts = retriever.route(collections.queries, aggregation)
+    scores = np.array([vectors[expert][row] for row, expert in enumerate(experts)]) @ collections.documents.T
+    found = {index: collections.measure(scores, mixed=index == "mixed") for index in ("alone", "mixed")}
+    return Measured({aggregation: found}, {aggregation: experts})
+
+
 def _bm25(collections: Collections) -> dict[str, dict[str, Floats]]:
     indexes = [BM25(corpus.texts) for corpus in collections.corpora]
     alone = np.array([np.concatenate([index.scores(query) for index in indexes]) for query in collections.queries])

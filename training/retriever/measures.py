@@ -24,7 +24,12 @@ _STOPWORDS = frozenset(_COMMON.split())
 
 def top(scores: FloatArray, count: int) -> Ranking:
     """The places of the `count` best of each row of `scores` [B, N], best first; of equals the earlier: [B, count]."""
-    return np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    if count < scores.shape[1]:
+        places = np.sort(np.argpartition(-scores, count - 1, axis=1)[:, :count], axis=1)
+    else:
+        places = np.broadcast_to(np.arange(scores.shape[1]), scores.shape)
+    order = np.argsort(-np.take_along_axis(scores, places, 1), axis=1, kind="stable")
+    return np.take_along_axis(places, order, 1)
 
 
 def ndcg(ranking: Sequence[str], grades: Mapping[str, int], count: int = 10) -> float:

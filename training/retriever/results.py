@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,7 +26,7 @@ from routers.router_retriever import Aggregation
 from training.metrics import Floats, Interval
 from training.retriever.bench import bench
 from training.retriever.corpus import read_corpus
-from training.retriever.evaluate import FIGURES, Collections, Measured, Retriever, evaluate, query_draws
+from training.retriever.evaluate import FIGURES, Collections, Measured, Retriever, evaluate, measure_routed, query_draws
 from training.retriever.multi_task import fit_multi_task
 from training.retriever.train import RetrieverManifest, RetrieverSpec, embed_all, train_retriever
 
@@ -157,8 +157,8 @@ def _left_out(collections: Collections, added: Measured, before: Path, removed: 
     place = collections.names.index(LEFT_OUT)
     own = (collections.of_query == place).astype(np.float32)
     draws = query_draws(collections)["queries"]
-    without = evaluate(Retriever(before), collections, _say)
-    again = evaluate(Retriever(removed), collections, _say)
+    without = measure_routed(Retriever(before), collections, "mean")
+    again = measure_routed(Retriever(removed), collections, "mean")
     gains: Json = {}
     for name, weights in (("own", own), ("others", 1 - own)):
         gains[name] = {
@@ -218,19 +218,21 @@ _said: dict[str, float] = {}
 
 def with_tables(document: str, results: Json) -> str:
     """`document` with the tables between `<!-- NAME -->` and `<!-- end -->` made from `results`."""
-    made = {
-        "alone": _systems_table(results["systems"]["alone"]),
-        "mixed": _systems_table(results["systems"]["mixed"]),
-        "differences": _differences_table(results["differences"]),
-        "routing": _routing_table(results["routing"]),
-        "domains": _domains_table(results["domains"]),
-        "left-out": _left_out_table(results["left_out"]),
-        "times": _times_table(results["times"]),
+    tables: dict[str, tuple[str, Callable[[Any], str]]] = {
+        "alone": ("systems", lambda systems: _systems_table(systems["alone"])),
+        "mixed": ("systems", lambda systems: _systems_table(systems["mixed"])),
+        "differences": ("differences", _differences_table),
+        "routing": ("routing", _routing_table),
+        "domains": ("domains", _domains_table),
+        "left-out": ("left_out", _left_out_table),
+        "times": ("times", _times_table),
     }
 
     def replaced(found: re.Match[str]) -> str:
-        table = made.get(found["name"])
-        return f"<!-- {found['name']} -->\n\n{table}\n\n<!-- end -->" if table else found[0]
+        part, table = tables[found["name"]]
+        if part not in results:
+            return found[0]
+        return f"<!-- {found['name']} -->\n\n{table(results[part])}\n\n<!-- end -->"
 
     return re.sub(r"<!-- (?P<name>[\w-]+) -->\n(?:(?!<!--).)*<!-- end -->", replaced, document, flags=re.DOTALL)
 
