@@ -43,7 +43,8 @@ class Query:
 class Observation:
     """What one expert was observed to do with one query. Quality in 0..1, cost in USD, latency in seconds.
 
-    `None` stands for what was not measured.
+    `confidence` in 0..1 is the geometric mean probability of its answer's tokens. `None` stands for what was not
+    measured.
     """
 
     query_id: str
@@ -54,11 +55,14 @@ class Observation:
     output_tokens: int | None = None
     latency_s: float | None = None
     observed_at: float | None = None
+    confidence: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observations:
     """Many observations as a table: Q queries by the experts of `cards`, NaN where a pair was not observed.
+
+    `confidence` is None where no expert told any.
 
     `tasks` are the data's own labels: for evaluation and offline tables, never an input of `Router.estimate`.
     """
@@ -72,6 +76,7 @@ class Observations:
     input_tokens: FloatArray
     output_tokens: FloatArray
     latency_s: FloatArray
+    confidence: FloatArray | None = None
 
     def rows(self, index: npt.NDArray[np.intp]) -> Observations:
         """The queries at `index` ([n] integers), in that order."""
@@ -85,6 +90,7 @@ class Observations:
             input_tokens=self.input_tokens[index],
             output_tokens=self.output_tokens[index],
             latency_s=self.latency_s[index],
+            confidence=None if self.confidence is None else self.confidence[index],
         )
 
     def without(self, expert: str) -> Observations:
@@ -100,6 +106,7 @@ class Observations:
             input_tokens=self.input_tokens[:, keep],
             output_tokens=self.output_tokens[:, keep],
             latency_s=self.latency_s[:, keep],
+            confidence=None if self.confidence is None else self.confidence[:, keep],
         )
 
     def __len__(self) -> int:

@@ -138,6 +138,33 @@ class Fallbacks(_Model):
         return self
 
 
+class Ceilings(_Model):
+    """What one request may use at most, whatever its experts do; its time is bounded by the policy's `timeout_s`.
+
+    `calls` counts every call of an expert. `cost_usd` holds for all calls together: before each, the most that it can
+    cost is set aside, and the call bounded to that; a call that it does not leave room for is not made.
+    """
+
+    calls: Annotated[int, Field(ge=1)] | None = None
+    cost_usd: Bound | None = None
+
+
+class Target(_Model):
+    """The quality that `router-service policies tune` looks for the cheapest way to.
+
+    That of the best single expert less `within`, or `quality` itself.
+    """
+
+    within: Annotated[float, Field(ge=0, le=1)] | None = None
+    quality: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.within is None) == (self.quality is None):
+            raise ValueError("target: name `within`, how far below the best single expert, or `quality`")
+        return self
+
+
 class Budget(_Model):
     """What may be spent under this policy by all its callers together; then requests are refused until the next day."""
 
@@ -162,6 +189,8 @@ class Policy(_Model):
     router: RouterChoice = RouterChoice()
     strategy: StrategyChoice = StrategyChoice()
     fallbacks: Fallbacks = Fallbacks()
+    target: Target | None = None
+    ceilings: Ceilings = Ceilings()
     budget: Budget = Budget()
     session_ttl_s: Bound | None = None
     cache_ttl_s: Bound | None = None

@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
+from router_service.cli import composition
 from router_service.cli.client import Url
 from router_service.cli.console import CommandError, errors, out, write_json
 from router_service.cli.job import Address, Submit, Wait, WorkingDir, run_as_job, train_command
@@ -50,6 +51,8 @@ app = typer.Typer(
 
 
 app.command("retriever")(train_retriever)
+app.command("categories")(composition.categories)
+app.command("table")(composition.table)
 
 
 @app.command(_ROUTER, hidden=True)

@@ -101,6 +101,7 @@ class Exchange:
         if self._parts is None:
             return None
         async for part in self._parts:
+            self.trace.answered_by = part.expert or self.trace.answered_by
             if part.data:
                 if self.trace.first_part_s is None:
                     self.trace.first_part_s = time.perf_counter() - self._started
@@ -186,6 +187,7 @@ class Exchange:
             self._service.metrics,
             deadline=time.monotonic() + self.timeout_s,
             ceiling_usd=self.plan.policy.max_cost_usd if self.plan else None,
+            ceilings=self.plan.policy.ceilings if self.plan else None,
             input_tokens=self.query.input_tokens,
         )
         return self._caller

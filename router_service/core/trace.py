@@ -60,6 +60,7 @@ class Trace:
     decision: Decision | None = None
     routed: list[str] = field(default_factory=list)
     calls: list[CallRecord] = field(default_factory=list)
+    answered_by: str | None = None
     cache: Literal["hit", "miss", "off"] = "off"
     text: str | None = None
     session: str | None = None
@@ -82,7 +83,7 @@ class Trace:
     @property
     def expert(self) -> str | None:
         """Who answered, or was asked last."""
-        return self.calls[-1].expert if self.calls else None
+        return self.answered_by or (self.calls[-1].expert if self.calls else None)
 
     def to_json(self) -> dict[str, Any]:
         """The trace as it goes into the answer's body and the ledger."""

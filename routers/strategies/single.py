@@ -22,7 +22,7 @@ from typing import Any
 from experts.errors import ExpertError, ExpertRequestError, ExpertTimeoutError, ExpertUnavailableError
 from experts.expert import ExpertRequest, Part
 from routers.contracts import Call, Decision
-from routers.strategies.base import BaseStrategy
+from routers.strategies.base import BaseStrategy, StrategyOptions
 
 _THIS_EXPERT_ALONE = frozenset(
     {"context_length_exceeded", "model_not_found", "unsupported_endpoint", "unsupported_parameter", "unsupported_value"}
@@ -33,6 +33,7 @@ class SingleStrategy(BaseStrategy):
     """One expert's answer, with fallback to the next of the ranking."""
 
     name = "single"
+    options_type = StrategyOptions
 
     async def run(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncGenerator[Part, None]:
         """The parts of the first answer that begins.
@@ -56,10 +57,10 @@ class SingleStrategy(BaseStrategy):
                         yield part
                 return
             except ExpertError as error:
-                if reply.begun or not _another_may(error):
+                if reply.begun or not another_may(error):
                     raise
                 failures[expert] = error
-        raise _all_failed(failures)
+        raise all_failed(failures)
 
     def _time_to_begin(self, left: float, *, last: bool) -> float:
         own = self.fallbacks.attempt_timeout_s
@@ -81,7 +82,7 @@ class _Reply:
             while (part := await self._next(deadline if self.begun else begin_by)) is not None:
                 if not self.begun:
                     held.append(part)
-                    if not _has_content(part, stream=request.stream):
+                    if not has_content(part, stream=request.stream):
                         continue
                     self.begun = True
                     for early in held:
@@ -107,7 +108,7 @@ async def _close(source: AsyncIterator[Part]) -> None:
         await source.aclose()
 
 
-def _has_content(part: Part, *, stream: bool) -> bool:
+def has_content(part: Part, *, stream: bool) -> bool:
     """Whether a client that sees `part` has seen some of the answer."""
     if not stream or not part.data:
         return bool(part.data)
@@ -115,10 +116,10 @@ def _has_content(part: Part, *, stream: bool) -> bool:
         choices = json.loads(part.data).get("choices")
     except (ValueError, AttributeError):
         return True  # not the wire format that we know: let it through
-    return any(map(_choice_has_content, choices or ()))
+    return any(map(_choicehas_content, choices or ()))
 
 
-def _choice_has_content(choice: Any) -> bool:
+def _choicehas_content(choice: Any) -> bool:
     if not isinstance(choice, dict):
         return True
     delta = choice.get("delta")
@@ -126,7 +127,7 @@ def _choice_has_content(choice: Any) -> bool:
     return any((choice.get("finish_reason"), choice.get("text"), choice.get("message"), *said))
 
 
-def _another_may(error: ExpertError) -> bool:
+def another_may(error: ExpertError) -> bool:
     if isinstance(error, ExpertRequestError):
         return error.code in _THIS_EXPERT_ALONE
     return isinstance(error, ExpertUnavailableError | ExpertTimeoutError)
@@ -140,7 +141,7 @@ def _why(failures: Mapping[str, ExpertError]) -> str:
     return f"fallback: {expert} failed: {error}"
 
 
-def _all_failed(failures: Mapping[str, ExpertError]) -> ExpertError:
+def all_failed(failures: Mapping[str, ExpertError]) -> ExpertError:
     """One error for all attempts: the request's own fault if any found one, a timeout if all were too late."""
     errors = list(failures.values())
     if len(errors) == 1:

@@ -59,6 +59,12 @@ def skills_of(query: str) -> tuple[str, ...]:
     return found
 
 
+def grade_each(lines: Iterable[Mapping[str, str]]) -> Iterator[bool]:
+    """Whether each response is right."""
+    for line in lines:
+        yield is_right(skills_of(line["query"]), line["answer"], line["response"])
+
+
 def grade(lines: Iterable[Mapping[str, str]]) -> dict[str, object]:
     """The share of right responses, overall and by skill; a two-skill question counts as ``first+second``."""
     right: defaultdict[str, list[bool]] = defaultdict(list)
