@@ -79,11 +79,9 @@ class RouterRetriever(FittedRouter[RouterRetrieverConfig]):
         if self.config.aggregation == "max":
             best: FloatArray = np.maximum.reduceat(cosines, self._starts, axis=1)
             return best
-        warmth = np.float32(self.config.temperature)
-        warm: FloatArray = ((cosines - cosines.max(1, keepdims=True)) / warmth).astype(np.float32)
-        weights: FloatArray = (np.exp(warm) + 1e-30).astype(np.float32)
-        weighted = np.add.reduceat(weights * cosines, self._starts, axis=1)
-        softmax: FloatArray = weighted / np.add.reduceat(weights, self._starts, axis=1)
+        warm = np.exp((cosines - cosines.max(1, keepdims=True)) / self.config.temperature) + 1e-30
+        weighted = np.add.reduceat(warm * cosines, self._starts, axis=1) / np.add.reduceat(warm, self._starts, axis=1)
+        softmax: FloatArray = weighted.astype(np.float32)
         return softmax
 
     def _arrays(self) -> Mapping[str, AnyArray]:
