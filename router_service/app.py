@@ -33,7 +33,7 @@ def build_application(
     """
     if settings.redis_url is None:
         raise SettingsError("REDIS_URL is not set, and no embedded Redis was started")
-    if DEFAULT_POLICY not in policies:
+    if DEFAULT_POLICY not in policies and any(card.kind != "embedding" for card in cards):
         raise SettingsError(f"there is no policy {DEFAULT_POLICY!r}, which is the default")
     if missing := sorted({card.name for card in cards} ^ set(experts)):
         raise SettingsError(f"expert {missing[0]!r} has a card or an implementation, but not both")

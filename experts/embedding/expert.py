@@ -32,7 +32,8 @@ def build_encoder(group: ExpertGroup) -> dict[str, Expert]:
     files = EncoderFiles.find(config)
     encoder = AdaptedEncoder(Encoder(files, config))
     encoder.load({entry.name: _folder(entry) for entry in group.adapters})
-    encoder.encode(encoder.tokenize(["warm up"] * len(group.entries)), [None, *encoder.names])
+    # As long as requests are, so that the first of them finds the kernels built.
+    encoder.encode(encoder.tokenize(["warm up " * 32] * len(group.entries)), [None, *encoder.names])
     runtime = Runtime(encoder, files.dimensions, max_queue=source.max_queue, threads=ceil(group.resources.cpus))
     shared = Shared(runtime, runtime.close)
     adapters = [None, *(entry.name for entry in group.adapters)]

@@ -133,4 +133,5 @@ def _say(manifest: RetrieverManifest, folder: Path, as_json: bool) -> None:
         counts = (str(domain.documents), str(domain.train_pairs))
         table.add_row(name, *counts, f"{domain.scale:g}", f"{kept:.3f}", f"{base:.3f}")
     out.print(table)
-    errors.print(f"serve it: router-service serve --fleet {folder / 'fleet.yaml'}", soft_wrap=True)
+    files = f"--fleet {folder / 'fleet.yaml'} --policies {folder / 'policies'}"
+    errors.print(f"serve it: router-service serve {files}", soft_wrap=True)
