@@ -174,12 +174,16 @@ class Budget(_Model):
 class Policy(_Model):
     """One way of routing. Times are seconds; `null` is none.
 
+    `serves` says which kind of request: `generation` chooses among experts that answer, `embeddings` among those that
+    embed, for each text of a request.
+
     `session_ttl_s` keeps a session with its expert so long after its last request; `cache_ttl_s` is how long an answer
     may be given again to the same request; `timeout_s` bounds a request.
     """
 
     name: Name
     description: str = ""
+    serves: Literal["generation", "embeddings"] = "generation"
     objective: Objective = Objective()
     constraints: Constraints = Constraints()
     router: RouterChoice = RouterChoice()

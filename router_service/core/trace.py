@@ -47,17 +47,21 @@ class CallRecord:
 
 @dataclass(slots=True, kw_only=True)
 class Trace:
-    """One request. `at` is Unix time; `status` the HTTP status, 499 where the client hung up."""
+    """One request. `at` is Unix time; `status` the HTTP status, 499 where the client hung up.
+
+    Where the texts of a request are routed one by one, `routed` has each one's expert and `decision` is the first's.
+    """
 
     id: str
     request_id: str
     at: float
     key: str
-    endpoint: Endpoint
+    endpoint: Endpoint | Literal["search"]
     model: str
     stream: bool
     policy: str | None = None
     decision: Decision | None = None
+    routed: list[str] = field(default_factory=list)
     calls: list[CallRecord] = field(default_factory=list)
     answered_by: str | None = None
     cache: Literal["hit", "miss", "off"] = "off"
@@ -96,6 +100,7 @@ class Trace:
             "policy": self.policy,
             "expert": self.expert,
             "decision": decision_to_json(self.decision) if self.decision else None,
+            **({"routed": self.routed} if self.routed else {}),
             "calls": [call.to_json() for call in self.calls],
             "cache": self.cache,
             "cost_usd": self.cost_usd,
