@@ -66,7 +66,7 @@ class MixingState:
         self.recording = self.solo = False
         self.records: list[Record] = []
         self.counted: Tensor | None = None
-        self._device = device
+        self.device = device
         self._subsets: list[tuple[int, ...]] = []
         self.clear()
 
@@ -92,12 +92,12 @@ class MixingState:
         for request in requests:
             self._check(request)
         if request_of_token is not None:
-            request_of_token = _checked_rows(request_of_token, len(requests)).to(self._device)
+            request_of_token = _checked_rows(request_of_token, len(requests)).to(self.device)
         given = [request.weights is not None for request in requests]
         tables = [self._table(requests, subset) for subset in self._subsets]
         self.requests = len(requests)
         self.any_given, self.all_given = any(given), all(given)
-        self.given = torch.tensor(given, device=self._device)
+        self.given = torch.tensor(given, device=self.device)
         self._request_of_token, self._tables = request_of_token, tables
 
     def subset(self, adapters: Sequence[int]) -> int:
@@ -140,9 +140,9 @@ class MixingState:
         padded = [row + [(NONE, 0.0)] * (slots - len(row)) for row in pairs]
         bias = [[r.bias.get(name, 0.0) for name in local] for r in requests]
         return Table(
-            torch.tensor([[e for e, _ in row] for row in padded], dtype=torch.int32, device=self._device),
-            torch.tensor([[w for _, w in row] for row in padded], dtype=torch.float32, device=self._device),
-            torch.tensor(bias, device=self._device) if any(r.bias for r in requests) else None,
+            torch.tensor([[e for e, _ in row] for row in padded], dtype=torch.int32, device=self.device),
+            torch.tensor([[w for _, w in row] for row in padded], dtype=torch.float32, device=self.device),
+            torch.tensor(bias, device=self.device) if any(r.bias for r in requests) else None,
         )
 
 
