@@ -15,6 +15,7 @@ from experts.fleet import ExpertGroup, FleetEntry, LocalSource
 from experts.local.engine import Engine
 from experts.local.lora import NO_ADAPTER
 from experts.local.model import LocalModel, load_model
+from experts.local.prompt import ChatPrompt
 from experts.local.reply import Replies
 from experts.local.request import Generation, parse_chat, parse_completion
 from experts.local.row import Job, Piece
@@ -36,6 +37,7 @@ class _Runtime:
     def __init__(self, group: ExpertGroup, model: LocalModel, source: LocalSource) -> None:
         threads = max(1, ceil(group.resources.cpus))
         self.model = model
+        self.chat = ChatPrompt(model.tokenizer)
         self.engine = Engine(group.name, model, max_batch=source.max_batch, max_queue=source.max_queue, threads=threads)
         self.tokenizing = ThreadPoolExecutor(1, thread_name_prefix=f"tokenizing-{group.name}")
 
@@ -124,11 +126,10 @@ class LocalExpert:
             message = f"expert {self._entry.name!r} has no chat template: use completions"
             raise ExpertRequestError(message, param="messages", code="unsupported_endpoint")
         try:
-            text = tokenizer.apply_chat_template(generation.messages, tokenize=False, add_generation_prompt=True)
+            return [self._shared.resource.chat.tokens(generation.messages)]
         except (TemplateError, TypeError) as error:
             message = f"messages do not fit the chat template of expert {self._entry.name!r}: {error}"
             raise ExpertRequestError(message, param="messages", code="invalid_value") from error
-        return [tokenizer(text, add_special_tokens=False)["input_ids"]]
 
     def _prompt_tokens(self, prompt: str | list[int]) -> list[int]:
         tokens: list[int] = self._model.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt

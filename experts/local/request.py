@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from experts.errors import ExpertRequestError
 
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions; chats are bounded by the context alone
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _GREEDY_BELOW = 1e-4  # logits divided by less overflow
 
 _Stop = Annotated[str, Field(min_length=1)]
@@ -200,10 +201,13 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[str]
 
 
 def _text_message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    """The message with its content as one text, as chat templates expect it."""
-    if not isinstance(message.get("role"), str):
-        raise ExpertRequestError(f"{where}.role: must be a string", param="messages", code="invalid_value")
-    return {**message, "content": _text_content(message.get("content"), where)}
+    """The message with its content as one text, as chat templates expect it. A developer is what they call system."""
+    role = message.get("role")
+    if role not in _ROLES:
+        known = ", ".join(_ROLES)
+        raise ExpertRequestError(f"{where}.role: must be one of {known}", param="messages", code="invalid_value")
+    content = _text_content(message.get("content"), where)
+    return {**message, "role": "system" if role == "developer" else role, "content": content}
 
 
 def _text_content(content: object, where: str) -> str:

@@ -1,16 +1,20 @@
-"""`router-service train`: fit a router on observations, here or as a Ray job, and let the running service use it."""
+"""`router-service train`: train a router, or what else has a trainer of its own, here or as a Ray job.
+
+The first argument is a router's name, or that of a command of this group: a trainer that is no router's.
+"""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from typer.core import TyperGroup
 
 from router_service.cli.client import Url
 from router_service.cli.console import CommandError, errors, out, write_json
+from router_service.cli.job import Address, Submit, Wait, WorkingDir, run_as_job, train_command
 from router_service.cli.progress import steps
 from router_service.cli.promote import put_in_service
 
@@ -18,7 +22,33 @@ if TYPE_CHECKING:
     from training.manifest import Manifest
     from training.train_router import TrainSpec
 
+_ROUTER = "router"
 
+
+class _TrainGroup(TyperGroup):
+    """Commands by name; any other first argument is the name of a router."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:  # click's types, which Typer keeps a copy of
+        if args[0] in self.commands:
+            return super().resolve_command(ctx, args)
+        return "", self.commands[_ROUTER], args
+
+
+app = typer.Typer(
+    cls=_TrainGroup,
+    no_args_is_help=True,
+    help="""Train a router by its name on a table of observations, or one of the models below.
+
+    Examples:
+
+      router-service train knn --observations data/open9 --out artefacts/knn-1
+
+      router-service train ROUTER --help
+    """,
+)
+
+
+@app.command(_ROUTER, hidden=True)
 def train(
     router: Annotated[str, typer.Argument(help="Which router, for example knn or matrix_factorization.")],
     observations: Annotated[
@@ -34,17 +64,10 @@ def train(
     trials: Annotated[
         int, typer.Option(min=0, help="Search the router's options by so many trials, on a validation part of train.")
     ] = 0,
-    submit: Annotated[
-        bool, typer.Option("--submit", help="Train as a Ray job. --out must be on a shared disk.")
-    ] = False,
-    address: Annotated[
-        str | None, typer.Option(help="The Ray job server; else RAY_ADDRESS, else http://127.0.0.1:8265.")
-    ] = None,
-    wait: Annotated[bool, typer.Option(help="With --submit: follow the job to its end.")] = True,
-    working_dir: Annotated[
-        Path | None,
-        typer.Option(exists=True, file_okay=False, help="With --submit: upload this folder and run the job in it."),
-    ] = None,
+    submit: Submit = False,
+    address: Address = None,
+    wait: Wait = True,
+    working_dir: WorkingDir = None,
     promote: Annotated[
         bool, typer.Option("--promote", help="Make the running service use the artefact, without a restart.")
     ] = False,
@@ -99,35 +122,20 @@ def _as_job(
     spec: TrainSpec, config: Path | None, resume: bool, address: str | None, working_dir: Path | None, wait: bool
 ) -> Manifest | None:
     """The manifest that the job left in the shared folder; None where nobody waits for it."""
-    import asyncio
-
-    from training.jobs import follow, job_server, submit
     from training.manifest import Manifest
 
-    server = job_server(address)
-    job_id = submit(server, _command(spec, config, resume), working_dir)
-    errors.print(f"job {job_id}: `ray job logs -f`, `ray job stop` and the like know it by this name", soft_wrap=True)
-    if not wait:
-        return None
-    asyncio.run(follow(server, job_id, _pass_on))
-    if not spec.out.exists():
-        raise CommandError(f"job {job_id} succeeded, but {spec.out} is not here: --out must be on a shared disk")
-    return Manifest.read(spec.out)
+    run_as_job(_command(spec, config, resume), out_folder=spec.out, address=address, working_dir=working_dir, wait=wait)
+    return Manifest.read(spec.out) if wait else None
 
 
 def _command(spec: TrainSpec, config: Path | None, resume: bool) -> list[str]:
     """The same run, as a command for the cluster."""
-    command = [sys.executable, "-m", "router_service", "train", spec.router]
+    command = train_command(spec.router)
     command += ["--observations", str(spec.observations), "--out", str(spec.out)]
     command += ["--seed", str(spec.seed), "--trials", str(spec.trials)]
     if config:
         command += ["--config", str(config.resolve())]
     return command if resume else [*command, "--no-resume"]
-
-
-def _pass_on(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
 
 
 def _read_options(path: Path) -> dict[str, Any]:

@@ -28,11 +28,18 @@ _ASSUMED_OUTPUT = 1024
 """Output tokens that are reserved for a request that names no bound."""
 
 
+_MAX_REQUEST_ID = 256
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """A question: the client's JSON body, whose fields for the service itself are taken out."""
+    """A question: the client's JSON body, whose fields for the service itself are taken out.
+
+    `id` is the answer's; `request_id` is by what the client, or a proxy before us, follows the request.
+    """
 
     id: str
+    request_id: str
     key: str
     endpoint: Endpoint
     body: Mapping[str, Any]
@@ -55,6 +62,7 @@ class Exchange:
         self.timeout_s = min(service.settings.request_timeout_s, policy_timeout_s or math.inf)
         self.trace = Trace(
             id=ask.id,
+            request_id=ask.request_id[:_MAX_REQUEST_ID],
             at=time.time(),
             key=ask.key,
             endpoint=ask.endpoint,

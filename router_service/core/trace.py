@@ -47,6 +47,7 @@ class Trace:
     """One request. `at` is Unix time; `status` the HTTP status, 499 where the client hung up."""
 
     id: str
+    request_id: str
     at: float
     key: str
     endpoint: Endpoint
@@ -83,6 +84,7 @@ class Trace:
         """The trace as it goes into the answer's body and the ledger."""
         return {
             "id": self.id,
+            "request_id": self.request_id,
             "at": self.at,
             "endpoint": self.endpoint,
             "model": self.model,

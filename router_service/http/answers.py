@@ -15,7 +15,7 @@ from router_service.core.exchange import Ask, Exchange
 from router_service.core.failures import FAILURES, to_request_error
 from router_service.core.service import Service
 from router_service.core.trace import Trace
-from router_service.http.connection import ClientGoneError, Connection, encode_headers
+from router_service.http.connection import REQUEST_ID, ClientGoneError, Connection, encode_headers
 from router_service.http.validation import Options, check_body, take_options
 
 _ID_PREFIX: Mapping[Endpoint, str] = {"chat/completions": "chatcmpl-", "completions": "cmpl-", "embeddings": "embd-"}
@@ -32,7 +32,15 @@ async def answer(service: Service, connection: Connection, endpoint: Endpoint) -
         options = take_options(body, connection)
         check_body(body)
         answer_id = _ID_PREFIX[endpoint] + uuid.uuid4().hex
-        exchange = Exchange(service, Ask(id=answer_id, key=key, endpoint=endpoint, body=body, session=options.session))
+        ask = Ask(
+            id=answer_id,
+            request_id=connection.text_header(REQUEST_ID) or answer_id,
+            key=key,
+            endpoint=endpoint,
+            body=body,
+            session=options.session,
+        )
+        exchange = Exchange(service, ask)
         await _carry_out(service, connection, exchange, options)
 
 
@@ -81,7 +89,7 @@ async def _stream(connection: Connection, exchange: Exchange, options: Options) 
 def answer_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
     """What is known of the answer now, as headers."""
     trace = exchange.trace
-    headers = {"x-request-id": trace.id, "x-router-id": trace.id, **exchange.reservation.headers}
+    headers = {"x-request-id": trace.request_id, "x-router-id": trace.id, **exchange.reservation.headers}
     if trace.expert:
         headers["x-router-expert"] = trace.expert
         headers["x-router-attempts"] = str(len(trace.calls))

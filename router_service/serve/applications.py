@@ -19,6 +19,7 @@ from experts.build import build_group
 from experts.errors import ExpertConfigError, ExpertError
 from experts.expert import Expert, Part
 from experts.fleet import POCKET_FLEET, ExpertGroup, Resources, load_fleet
+from router_service.http.connection import REQUEST_ID, Message, Receive, Scope, Send
 from router_service.serve.wire import ACCEPTED, Reply, Request, pack_error, pack_part, unpack_request
 from router_service.settings import read_settings
 
@@ -35,6 +36,9 @@ EXPERTS = "Experts"
 _NO_LIMIT = 1_000_000
 _LOGGING = {"enable_access_log": False}
 """The ledger says who asked what; a line for each request would cost as much as routing it."""
+
+CLOSING_S = 15.0
+"""What the ingress has beyond the grace of requests under way: Serve kills it then, written or not."""
 
 _HEALTH_PERIOD_S = 5.0
 _HEALTH_TIMEOUT_S = 30.0
@@ -125,8 +129,8 @@ def ingress(args: IngressArgs) -> Application:
     """The application that serves HTTP: admission, routing, policies, cache, and the calls to remote experts."""
     settings = read_settings()
 
-    def build() -> AsgiApplication:
-        return _assemble(args)
+    def build() -> _OneRequestId:
+        return _OneRequestId(_assemble(args))
 
     deployment = serve.deployment(serve.ingress(build)()).options(
         name="Ingress",
@@ -137,7 +141,7 @@ def ingress(args: IngressArgs) -> Application:
         max_ongoing_requests=_NO_LIMIT,
         health_check_period_s=_HEALTH_PERIOD_S,
         health_check_timeout_s=_HEALTH_TIMEOUT_S,
-        graceful_shutdown_timeout_s=settings.shutdown_grace_s,
+        graceful_shutdown_timeout_s=settings.shutdown_grace_s + CLOSING_S,
     )
     return deployment.bind()
 
@@ -153,6 +157,21 @@ def _scale(resources: Resources) -> dict[str, Any]:
         return {"num_replicas": resources.replicas or 1}
     bounds = {"min_replicas": scaling.min, "max_replicas": scaling.max, "target_ongoing_requests": scaling.target}
     return {"autoscaling_config": bounds}
+
+
+class _OneRequestId:
+    """The application without its `x-request-id`: Serve puts one into every request and echoes it in the answer."""
+
+    def __init__(self, application: AsgiApplication) -> None:
+        self._application = application
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [pair for pair in message["headers"] if pair[0] != REQUEST_ID]
+            await send(message)
+
+        await self._application(scope, receive, send_on)
 
 
 def _assemble(args: IngressArgs) -> AsgiApplication:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
 import tempfile
 import threading
+import time
 from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     import uvicorn
 
 _ATTEMPTS = 3
+_POLL_S = 0.1
 
 _OBJECT_STORE_BYTES = 80 << 20
 """Nothing of ours goes through Ray's object store, which may not be smaller."""
@@ -88,17 +91,29 @@ class ServeHost:
     def stop(self) -> None:
         """Drain the ingress while the experts still answer it, then end them, then what was started here."""
         import ray
-        from ray import serve
 
         from router_service.serve.applications import INGRESS, experts_app
 
         if ray.is_initialized():
-            serve.delete(INGRESS)
-            for group in self._fleet.groups:
-                serve.delete(experts_app(group.name))
+            self._delete(INGRESS)
+            self._delete(*(experts_app(group.name) for group in self._fleet.groups))
             ray.shutdown()
         if self._clean:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _delete(self, *names: str) -> None:
+        """Have Serve end applications, and wait for it: Serve's own waiting gives up after a minute."""
+        from ray import serve
+        from ray.exceptions import RayError
+
+        from router_service.serve.applications import CLOSING_S
+
+        deadline = time.monotonic() + self._settings.shutdown_grace_s + 2 * CLOSING_S
+        with contextlib.suppress(RayError):  # a cluster that is gone has no applications
+            for name in names:
+                serve.delete(name, _blocking=False)
+            while time.monotonic() < deadline and not serve.status().applications.keys().isdisjoint(names):
+                time.sleep(_POLL_S)
 
     def _start_ray(self) -> None:
         """Start Ray, or connect to it. Its agents have fifteen seconds, which a cold machine may need twice."""

@@ -50,7 +50,7 @@ def test_kuberay_deploys_what_the_serve_config_does(serve_config: Any) -> None:
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
     metrics = Metrics()
-    trace = Trace(id="a", at=0.0, key="k", endpoint="completions", model="auto", stream=True)
+    trace = Trace(id="a", request_id="a", at=0.0, key="k", endpoint="completions", model="auto", stream=True)
     trace.cache, trace.decision_s, trace.first_part_s = "miss", 0.1, 0.1
     metrics.count_answer(trace)
     metrics.count_call(CallRecord("expert", "why"))

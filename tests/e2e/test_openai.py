@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from tests.e2e.conftest import LOCAL, OTHER_LOCAL, Stack
+from tests.e2e.waiting import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -86,3 +87,14 @@ def test_bad_json(stack: Stack) -> None:
     error = response.json()["error"]
     assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_json")
     assert "Traceback" not in response.text
+
+
+def test_a_request_is_followed_by_the_id_it_came_with_or_gets_one(stack: Stack) -> None:
+    body = {"model": LOCAL, "messages": QUESTION}
+    ids = [
+        stack.http.post("/v1/chat/completions", json=body, headers=headers).headers.get_list("x-request-id")
+        for headers in ({"x-request-id": "mine"}, {})
+    ]
+    assert ids[0] == ["mine"]
+    assert len(ids[1]) == 1
+    eventually(lambda: {"mine", ids[1][0]} <= {entry["request_id"] for entry in stack.ledger()})

@@ -42,7 +42,7 @@ async def test_a_policy_answers_and_says_who_did(redis_server: RedisProcess) -> 
         assert headers["x-router-id"] == headers["x-request-id"] == answer["id"]
         assert "router" not in answer
         (entry,) = await service.stream(count=1)
-        assert entry["id"] == answer["id"]
+        assert entry["id"] == entry["request_id"] == answer["id"]
         assert entry["status"] == 200
         assert entry["key"] == "anonymous"
         assert entry["text"] is None
