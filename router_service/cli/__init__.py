@@ -13,7 +13,19 @@ import typer
 from rich.markup import escape
 
 from experts.errors import ExpertConfigError, ExpertError
-from router_service.cli import bench, collect, evaluate, experts, policies, promote, query, route, serve, train
+from router_service.cli import (
+    bench,
+    collect,
+    evaluate,
+    experts,
+    policies,
+    promote,
+    query,
+    route,
+    serve,
+    train,
+    train_mole,
+)
 from router_service.cli.console import CommandError, errors
 from router_service.errors import ServiceError, SettingsError
 from routers.errors import RouterConfigError, RoutingError
@@ -53,6 +65,7 @@ app.command()(route.route)
 app.add_typer(experts.app, name="experts")
 app.add_typer(policies.app, name="policies")
 app.add_typer(bench.app, name="bench")
+train.app.command("mole")(train_mole.train_mole)
 app.add_typer(train.app, name="train")
 app.command()(promote.promote)
 app.command()(evaluate.evaluate)

@@ -2,8 +2,8 @@
 
 Every method trains by the same number of steps on the same questions of all skills and answers the same held-out ones.
 Beside the gates stand what they must beat: one LoRA of equal total rank (PEFT's own), equal weights for all adapters,
-random adapters, and the right adapter, known beforehand. Results are written as they come; the same command goes on with
-what is missing.
+random adapters, and the right adapter, known beforehand. Results are written as they come; the same command goes on
+with what is missing.
 """
 
 from __future__ import annotations

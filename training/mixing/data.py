@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from pydantic import ValidationError, model_validator
-from typing_extensions import Self
 
 from training.errors import TrainJobError
 from training.prompts import Prompt

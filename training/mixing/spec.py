@@ -27,8 +27,8 @@ class MixtureSpec(BaseModel):
         steps: Optimizer steps.
         batch: Examples in a step, over all processes.
         micro_batch: Examples in a pass of one process.
-        learning_rate, gate_learning_rate: Peak, after a linear warm-up of `warmup` steps and before a decay to zero; the
-            second is the gate's own.
+        learning_rate, gate_learning_rate: Peak, after a linear warm-up of `warmup` steps and before a decay to zero;
+            the second is the gate's own.
         max_tokens: Longer examples are cut.
         checkpoint_every: Steps between checkpoints, from which a killed run goes on.
     """

@@ -1,7 +1,7 @@
 """A run from its configuration to the saved mixture.
 
-`out` holds the mixture (`experts.mixing.load_mixture` reads it) and `report.json`. What is half done lies in `OUT.part`,
-with checkpoints that the same command goes on from; one rename makes it `out`.
+`out` holds the mixture (`experts.mixing.load_mixture` reads it) and `report.json`. What is half done lies in
+`OUT.part`, with checkpoints that the same command goes on from; one rename makes it `out`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,15 @@ def train_mixture(
     (part / "mixture").replace(spec.out)
     shutil.rmtree(part)
     return written
+
+
+def read_report(out: Path) -> dict[str, Any]:
+    """The report of a finished run. Raises `TrainJobError`."""
+    try:
+        report: dict[str, Any] = json.loads((out / REPORT_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise TrainJobError(f"{out} holds no report: {error}") from error
+    return report
 
 
 def build_mixture(spec: MixtureSpec, model: Any) -> Mixture:

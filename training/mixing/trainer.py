@@ -23,8 +23,8 @@ OnStep = Callable[[int, int], None]
 class MixtureTrainer(SFTTrainer):  # type: ignore[misc]
     """Trains what the mixture's method learns.
 
-    The loads that a balance loss is made of are summed over all processes and over the micro-batches of the step so far;
-    a load has no gradient, so only the share of the step's later micro-batches is missing from the earlier ones' losses.
+    The loads that a balance loss is made of are summed over all processes and over the micro-batches of the step so
+    far: what a micro-batch's loss lacks is the load of those that come after it.
     """
 
     def __init__(
