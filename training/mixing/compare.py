@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 RESULTS = Path("docs/results/mixing.json")
 WORK = Path.home() / ".cache" / "router-service" / "mixing"
 COMMAND = "python -m training.mixing.compare"
-STEPS, BATCH, QUESTIONS, SEEDS = 100, 64, 330, 3
+STEPS, BATCH, QUESTIONS, SEEDS = 80, 32, 330, 3
 _ROWS = 110  # questions answered at once
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -73,12 +73,12 @@ class Comparison:
             "right adapter": self.right,
             "uniform": lambda: self.static({name: 1 / len(SKILLS) for name in SKILLS}),
             "random": self.random,
-            "lora-64": lambda: self.lora(64),
+            "lora": lambda: self.lora(64),
             "arrow": lambda: self.measure(self.specialists("arrow")),
             **{gate: lambda gate=gate: self.trained(gate) for gate in GATE_ALONE},  # type: ignore[misc]
             "glider": self.glider,
             **{gate: lambda gate=gate: self.trained(gate) for gate in JOINT},  # type: ignore[misc]
-            "lora-176": lambda: self.lora(176),
+            "lora of all specialists' rank": lambda: self.lora(16 * len(SKILLS)),
         }
 
     def spec(self, gate: str) -> MixtureSpec:
@@ -209,8 +209,7 @@ def run(seeds: int, results: Path, work: Path, only: Sequence[str] = ()) -> dict
     kept = json.loads(results.read_text()) if results.exists() else {}
     runs: dict[str, dict[str, Any]] = kept.get("runs", {})
     for seed in range(seeds):
-        comparison = Comparison(seed, work)
-        for method, call in comparison.runs().items():
+        for method, call in Comparison(seed, work).runs().items():
             if (only and method not in only) or str(seed) in runs.get(method, {}):
                 continue
             started = time.monotonic()
