@@ -16,9 +16,9 @@
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int64_t kScratchFloats = 512 * 1024;  // of one accumulator block: about an L2 cache
+constexpr int64_t kScratchFloats = 128 * 1024;  // of one accumulator block: a quarter of an L2 cache, beside the rows
 constexpr int64_t kMaxColumns = 4096;
-constexpr int64_t kMinColumns = 512;
+constexpr int64_t kMinColumns = 256;
 
 using Floats = float __attribute__((vector_size(64)));
 using Words = uint32_t __attribute__((vector_size(64)));
