@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 Backend = Literal["loop", "cpp", "grouped", "stacked", "triton"]
 _BACKENDS = get_args(Backend)
 
-# Measured on one thread of a Xeon with AVX-512 and AMX (docs/kernels.md): the dense product over all adapters wins while
-# they are at most so many times the k that a token needs.
+# Measured on one thread of a Xeon with AVX-512 and AMX (docs/kernels.md): the dense product over all adapters wins
+# while they are at most so many times the k that a token needs.
 _DENSE_RATIO = 1.5
 _DENSE_RATIO_AMX = 8.0
 _DENSE_TOKENS = 32

@@ -68,8 +68,7 @@ def measure_kernels(
         "records": records,
     }
     if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(results, indent=1) + "\n")
+        _write(results, out)
     if plot is not None:
         draw(records, plot)
     return results
@@ -137,6 +136,14 @@ def _plan(shapes: Shapes, seconds: float, memory_gib: float) -> Any:
         seconds=seconds,
         memory_limit=int(memory_gib * 2**30),
     )
+
+
+def _write(results: Mapping[str, Any], out: Path) -> None:
+    """Readable, with a line for each record."""
+    head = json.dumps({name: value for name, value in results.items() if name != "records"}, indent=1)
+    lines = ",\n".join(json.dumps(record) for record in results["records"])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(f'{head[:-2]},\n "records": [\n{lines}\n ]\n}}\n')
 
 
 def _read(out: Path | None) -> dict[tuple[Any, ...], dict[str, Any]]:

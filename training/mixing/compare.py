@@ -199,6 +199,15 @@ def _answers(model: Any, tokenizer: Any, queries: Sequence[str]) -> list[str]:
     return [response.text for response in respond(model, tokenizer, queries)]
 
 
+def table(results: Mapping[str, Any]) -> str:
+    """Accuracy of every method as Markdown: mean, and each seed."""
+    lines = ["| method | accuracy | by seed |", "|---|---|---|"]
+    for method, own in results["accuracy"].items():
+        seeds = ", ".join(f"{value:.1%}" for value in own["seeds"].values())
+        lines.append(f"| {method} | {own['mean']:.1%} | {seeds} |")
+    return "\n".join(lines)
+
+
 def _log_progress(step: str, done: int, total: int) -> None:
     if done % 25 == 0:
         logger.info("%s %d/%d", step, done, total)
@@ -217,9 +226,16 @@ def run(seeds: int, results: Path, work: Path, only: Sequence[str] = ()) -> dict
             logger.info("%s, seed %d: %.3f in %.0f s", method, seed, outcome["accuracy"], time.monotonic() - started)
             runs.setdefault(method, {})[str(seed)] = outcome
             kept = _results(runs)
-            results.parent.mkdir(parents=True, exist_ok=True)
-            results.write_text(json.dumps(kept, indent=1) + "\n")
+            _write(kept, results)
     return kept
+
+
+def _write(kept: Mapping[str, Any], results: Path) -> None:
+    """Readable, with a line for each method's runs."""
+    head = json.dumps({name: value for name, value in kept.items() if name != "runs"}, indent=1)
+    lines = ",\n".join(f"{json.dumps(method)}: {json.dumps(own)}" for method, own in kept["runs"].items())
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(f'{head[:-2]},\n "runs": {{\n{lines}\n }}\n}}\n')
 
 
 def _results(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -243,7 +259,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=WORK)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    run(args.seeds, args.results, args.work, args.methods)
+    sys.stdout.write(table(run(args.seeds, args.results, args.work, args.methods)) + "\n")
 
 
 if __name__ == "__main__":
