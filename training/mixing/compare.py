@@ -3,7 +3,7 @@
 Every method trains by the same number of steps on the same questions of all skills and answers the same held-out ones.
 Beside the gates stand what they must beat: one LoRA of equal total rank (PEFT's own), equal weights for all adapters,
 random adapters, and the right adapter, known beforehand. Results are written as they come; the same command goes on
-with what is missing.
+with what is missing, and puts the table into docs/mixing.md.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from training.pocket.skills import SKILLS
 
 logger = logging.getLogger(__name__)
 
-RESULTS = Path("docs/results/mixing.json")
+RESULTS, DOCUMENT = Path("docs/results/mixing.json"), Path("docs/mixing.md")
+_BEGIN, _END = "<!-- accuracy -->", "<!-- end -->"
 WORK = Path.home() / ".cache" / "router-service" / "mixing"
 COMMAND = "python -m training.mixing.compare"
 STEPS, BATCH, QUESTIONS, SEEDS = 80, 32, 330, 3
@@ -208,6 +209,12 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def with_table(document: str, text: str) -> str:
+    """The document with `text` between its markers."""
+    before, rest = document.split(_BEGIN, 1)
+    return f"{before}{_BEGIN}\n{text}\n{_END}{rest.split(_END, 1)[1]}"
+
+
 def _log_progress(step: str, done: int, total: int) -> None:
     if done % 25 == 0:
         logger.info("%s %d/%d", step, done, total)
@@ -259,7 +266,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=WORK)
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    sys.stdout.write(table(run(args.seeds, args.results, args.work, args.methods)) + "\n")
+    results = run(args.seeds, args.results, args.work, args.methods)
+    sys.stdout.write(table(results) + "\n")
+    if args.results == RESULTS:
+        DOCUMENT.write_text(with_table(DOCUMENT.read_text("utf-8"), table(results)), "utf-8")
 
 
 if __name__ == "__main__":
