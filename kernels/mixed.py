@@ -87,12 +87,12 @@ def _check_shapes(x: Tensor, stack: AdapterStack, indices: Tensor, weights: Tens
 
 
 def _is_plain(x: Tensor) -> bool:
-    """Whether nothing traces, differentiates or fakes this call: then the operator's way through torch's dispatcher,
+    """Whether nothing traces or fakes this call: then the operator's way through torch's dispatcher,
     which costs more than a small mixture itself, is left out."""
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return False
     modes = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack()
-    return not modes and not torch.jit.is_tracing()
+    return not modes
 
 
 def _forward(

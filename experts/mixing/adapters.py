@@ -87,7 +87,8 @@ def new_adapters(
 
 
 def _uniform(rank: int, features: int, generator: torch.Generator) -> Tensor:
-    return torch.empty(rank, features).uniform_(-1, 1, generator=generator) * features**-0.5
+    uniform = torch.empty(rank, features).uniform_(-1, 1, generator=generator)
+    return uniform * float(features**-0.5)
 
 
 def target_layers(

@@ -43,7 +43,7 @@ class MixtureTrainer(SFTTrainer):  # type: ignore[misc]
         self._step: list[Record] = []  # of this step so far, over all processes
         self._recent: list[Record] = []  # of the steps since the last report
         super().__init__(model=mixture.model, args=args, callbacks=[_AfterStep(self, on_step)], **rest)
-        self.data_collator = Collator(self.data_collator)
+        self.data_collator: Any = Collator(self.data_collator)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW, with a learning rate of its own for the gates."""
@@ -51,8 +51,9 @@ class MixtureTrainer(SFTTrainer):  # type: ignore[misc]
         sides = ([p for p in self.learned if id(p) in gates], [p for p in self.learned if id(p) not in gates])
         rates = (self.gate_learning_rate, self.args.learning_rate)
         groups = [{"params": side, "lr": rate} for side, rate in zip(sides, rates, strict=True) if side]
-        self.optimizer = adamw(groups)
-        return self.optimizer
+        optimizer: torch.optim.Optimizer = adamw(groups)
+        self.optimizer = optimizer
+        return optimizer
 
     def compute_loss(
         self,

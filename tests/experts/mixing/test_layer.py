@@ -193,6 +193,7 @@ def made_for(model: nn.Module, gate: str, adapters: Adapters) -> Mixture:
     return some_mixture(model, fresh_adapters(model, gate, rank=16) if ranks else adapters, gate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", list(GATES))
 def test_a_compiled_model_gives_the_same_without_a_graph_break(
     gate: str, model: nn.Module, adapters: Adapters, tokens: Tensor
