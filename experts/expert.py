@@ -47,11 +47,12 @@ class Part:
     """One piece of a reply: the JSON of one chunk (streaming) or of the whole answer, without SSE framing.
 
     A reply's last part carries `usage`, whether or not the client asked to see it. A part whose `data` is empty exists
-    for its usage alone and is not sent to the client.
+    for its usage alone and is not sent to the client. `expert` says whose it is, where a strategy chose among several.
     """
 
     data: bytes
     usage: Usage | None = None
+    expert: str | None = None
 
 
 class Expert(Protocol):

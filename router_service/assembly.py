@@ -33,7 +33,9 @@ def check_policy(policy: Policy, fleet: Fleet) -> None:
     """Raise `RouterConfigError` if the fleet lacks what `policy` names, or there is no such router or strategy."""
     policy.check_fleet(fleet.cards)
     router_class(policy.router.name)
-    create_strategy(policy)
+    if lost := create_strategy(policy).experts - {card.name for card in fleet.cards}:
+        names = ", ".join(map(repr, sorted(lost)))
+        raise RouterConfigError(f"policy {policy.name!r}: its strategy speaks of {names}, which the fleet has not")
 
 
 def assemble(

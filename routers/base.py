@@ -145,7 +145,7 @@ class FittedRouter(ABC, Generic[ConfigT]):
         output_tokens = np.minimum(view.output_tokens(prediction.output_tokens), _limits(queries))
         return Estimates(
             quality=quality,
-            cost_usd=view.cost(_input_tokens(queries), output_tokens),
+            cost_usd=view.cost(_input_tokens(queries), output_tokens * _choices(queries)),
             latency_s=output_tokens * view.seconds_per_token,
             uncertainty=None if prediction.uncertainty is None else view.uncertainty(prediction.uncertainty),
         )
@@ -341,6 +341,11 @@ class _View:
 def _input_tokens(queries: Sequence[Query]) -> FloatArray:
     """Tokens at 4 characters each, [B, 1]."""
     return np.array([[q.input_tokens or len(q.text) / _CHARS_PER_TOKEN] for q in queries], np.float32).reshape(-1, 1)
+
+
+def _choices(queries: Sequence[Query]) -> FloatArray:
+    """How many answers each caller wants, [B, 1]."""
+    return np.array([[q.choices] for q in queries], np.float32).reshape(-1, 1)
 
 
 def _limits(queries: Sequence[Query]) -> FloatArray:

@@ -25,7 +25,8 @@ class Query:
     """What is routed. A query never carries its true task label.
 
     `text` is what routers embed: the whole conversation condensed, not only its last message. `input_tokens` is an
-    estimate by length (4 characters a token) until an expert has counted; `max_output_tokens` is the caller's bound.
+    estimate by length (4 characters a token) until an expert has counted; `max_output_tokens` is the caller's bound on
+    each of its `choices`.
     """
 
     text: str
@@ -37,13 +38,15 @@ class Query:
     needs_modalities: frozenset[Modality] = frozenset({"text"})
     input_tokens: int = 0
     max_output_tokens: int | None = None
+    choices: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """What one expert was observed to do with one query. Quality in 0..1, cost in USD, latency in seconds.
 
-    `None` stands for what was not measured.
+    `confidence` in 0..1 is the geometric mean probability of its answer's tokens. `None` stands for what was not
+    measured.
     """
 
     query_id: str
@@ -54,11 +57,14 @@ class Observation:
     output_tokens: int | None = None
     latency_s: float | None = None
     observed_at: float | None = None
+    confidence: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observations:
     """Many observations as a table: Q queries by the experts of `cards`, NaN where a pair was not observed.
+
+    `confidence` is None where no expert told any.
 
     `tasks` are the data's own labels: for evaluation and offline tables, never an input of `Router.estimate`.
     """
@@ -72,6 +78,7 @@ class Observations:
     input_tokens: FloatArray
     output_tokens: FloatArray
     latency_s: FloatArray
+    confidence: FloatArray | None = None
 
     def rows(self, index: npt.NDArray[np.intp]) -> Observations:
         """The queries at `index` ([n] integers), in that order."""
@@ -85,6 +92,7 @@ class Observations:
             input_tokens=self.input_tokens[index],
             output_tokens=self.output_tokens[index],
             latency_s=self.latency_s[index],
+            confidence=None if self.confidence is None else self.confidence[index],
         )
 
     def without(self, expert: str) -> Observations:
@@ -100,6 +108,7 @@ class Observations:
             input_tokens=self.input_tokens[:, keep],
             output_tokens=self.output_tokens[:, keep],
             latency_s=self.latency_s[:, keep],
+            confidence=None if self.confidence is None else self.confidence[:, keep],
         )
 
     def __len__(self) -> int:
@@ -155,9 +164,13 @@ class Router(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One expert of a decision with its numbers; `score` is the utility by the policy's objective."""
+    """One expert of a decision with its numbers; `score` is the utility by the policy's objective.
+
+    `context_length` is its card's, in tokens.
+    """
 
     expert: str
+    context_length: int
     score: float
     quality: float
     cost_usd: float

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from experts.cards import ExpertCard
+from experts.cards import ExpertCard, Feature
 from routers.contracts import Candidate, Decision, Estimates, FloatArray, Query
 from routers.errors import NoExpertError, RouterConfigError
 
@@ -138,6 +138,33 @@ class Fallbacks(_Model):
         return self
 
 
+class Ceilings(_Model):
+    """What one request may use at most, whatever its experts do; its time is bounded by the policy's `timeout_s`.
+
+    `calls` counts every call of an expert. `cost_usd` holds for all calls together: before each, the most that it can
+    cost is set aside, and the call bounded to that; a call that it does not leave room for is not made.
+    """
+
+    calls: Annotated[int, Field(ge=1)] | None = None
+    cost_usd: Bound | None = None
+
+
+class Target(_Model):
+    """The quality that `router-service policies tune` looks for the cheapest way to.
+
+    That of the best single expert less `within`, or `quality` itself.
+    """
+
+    within: Annotated[float, Field(ge=0, le=1)] | None = None
+    quality: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if (self.within is None) == (self.quality is None):
+            raise ValueError("target: name `within`, how far below the best single expert, or `quality`")
+        return self
+
+
 class Budget(_Model):
     """What may be spent under this policy by all its callers together; then requests are refused until the next day."""
 
@@ -158,6 +185,8 @@ class Policy(_Model):
     router: RouterChoice = RouterChoice()
     strategy: StrategyChoice = StrategyChoice()
     fallbacks: Fallbacks = Fallbacks()
+    target: Target | None = None
+    ceilings: Ceilings = Ceilings()
     budget: Budget = Budget()
     session_ttl_s: Bound | None = None
     cache_ttl_s: Bound | None = None
@@ -226,6 +255,7 @@ class Policy(_Model):
         return [
             Candidate(
                 expert=card.name,
+                context_length=card.context_length,
                 score=quality[e] * weights.quality - cost[e] * weights.cost - latency[e] * weights.latency,
                 quality=quality[e],
                 cost_usd=cost[e],
@@ -288,10 +318,16 @@ def lacking(card: ExpertCard, query: Query) -> str | None:
     return None
 
 
+_FIELDS: Mapping[Feature, str] = {"tools": "tools", "json": "response_format", "logprobs": "logprobs"}
+"""The field of a request that asks for a feature."""
+
+
 def check_able(card: ExpertCard, query: Query) -> None:
     """Raise `NoExpertError` if the expert of `card`, named by the caller, cannot do what `query` needs."""
     if why := lacking(card, query):
-        raise _no_expert("the expert named cannot answer this request", {card.name: why})
+        missing = sorted(query.needs_features - card.features)
+        param = _FIELDS[missing[0]] if missing else None
+        raise _no_expert("the expert named cannot answer this request", {card.name: why}, param=param)
 
 
 def load_policy(path: Path) -> Policy:
@@ -318,9 +354,12 @@ def load_policies(folder: Path) -> dict[str, Policy]:
     return policies
 
 
-def _no_expert(message: str, removed: Mapping[str, str]) -> NoExpertError:
-    told = "; ".join(f"{name}: {why}" for name, why in removed.items())
-    return NoExpertError(f"{message} ({told})" if told else message, dict(removed))
+def _no_expert(message: str, removed: Mapping[str, str], *, param: str | None = None) -> NoExpertError:
+    names: dict[str, list[str]] = {}
+    for name, why in removed.items():
+        names.setdefault(why, []).append(name)
+    told = "; ".join(f"{', '.join(those)}: {why}" for why, those in names.items())
+    return NoExpertError(f"{message} ({told})" if told else message, dict(removed), param=param)
 
 
 def _by_score(candidate: Candidate) -> tuple[float, float, float, str]:

@@ -265,4 +265,5 @@ def _observation(pair: Graded) -> Observation:
         output_tokens=pair.reply.output_tokens,
         latency_s=pair.reply.latency_s,
         observed_at=pair.reply.at,
+        confidence=pair.reply.confidence,
     )

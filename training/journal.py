@@ -26,7 +26,10 @@ from training.errors import CollectError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """What an expert answered. Latency is seconds from sending to the last byte, `at` seconds since the epoch."""
+    """What an expert answered. Latency is seconds from sending to the last byte, `at` seconds since the epoch.
+
+    `confidence` is the geometric mean probability of its tokens, where it told them.
+    """
 
     text: str
     input_tokens: int
@@ -34,6 +37,7 @@ class Reply:
     latency_s: float
     cost_usd: float
     at: float
+    confidence: float | None = None
 
 
 def call_key(expert: str, messages: Sequence[Mapping[str, str]], max_tokens: int) -> str:

@@ -6,12 +6,14 @@ The observations are in one of
 
 - `observations.jsonl` or `observations.jsonl.gz`: one JSON object per query,
   `{"id", "task", "query", "split": "train" | "test", "experts": {name: {"quality", "cost_usd", "input_tokens",
-  "output_tokens", "latency_s", "observed_at"}}}`, of which `task` and all after `cost_usd` may be left out;
+  "output_tokens", "latency_s", "observed_at", "confidence"}}}`, of which `task` and all after `cost_usd` may be left
+  out;
 - `observations.parquet`: the same as columns `id`, `task`, `query`, `split` (strings) and `experts`, a list of structs
   with `expert` (string) and the fields above (doubles; tokens are 64-bit integers), null where not measured.
 
 A query may hold any subset of the experts, but at least one. Quality is in 0..1, cost in USD, latency in seconds,
-`observed_at` in seconds since 1970. Rows are streamed: a table larger than memory can be read row by row.
+`observed_at` in seconds since 1970; `confidence`, in 0..1, is the geometric mean probability of the answer's tokens.
+Rows are streamed: a table larger than memory can be read row by row.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ Format = Literal["jsonl", "jsonl.gz", "parquet"]
 _SPLITS = get_args(Split)
 _ROW_FIELDS = {"id", "task", "query", "split", "experts"}
 _TOKENS = ("input_tokens", "output_tokens")
-_MEASURED = ("quality", "cost_usd", *_TOKENS, "latency_s", "observed_at")
+_MEASURED = ("quality", "cost_usd", *_TOKENS, "latency_s", "observed_at", "confidence")
+_SHARES = ("quality", "confidence")
 _REQUIRED = {"quality", "cost_usd"}
 _ROWS_PER_GROUP = 1024
 
@@ -206,8 +209,9 @@ class _Checker:
             self._wrong(f"{at}.{min(missing)}", "is missing")
         given = {key: value for key, value in fields.items() if value is not None or key in _REQUIRED}
         measured = {key: self._number(f"{at}.{key}", key, value) for key, value in given.items()}
-        if measured["quality"] > 1:
-            self._wrong(f"{at}.quality", f"must be a number in 0..1, not {fields['quality']!r}")
+        for key in _SHARES:
+            if measured.get(key, 0) > 1:
+                self._wrong(f"{at}.{key}", f"must be a number in 0..1, not {fields[key]!r}")
         return Observation(query_id=row_id, expert=name, **measured)
 
     def _number(self, at: str, key: str, value: object) -> Any:
@@ -238,7 +242,7 @@ class _Checker:
 class _Columns:
     """Collects rows into the arrays of `Observations`."""
 
-    _ARRAYS = ("quality", "cost_usd", *_TOKENS, "latency_s")
+    _ARRAYS = ("quality", "cost_usd", *_TOKENS, "latency_s", "confidence")
 
     def __init__(self, cards: Sequence[ExpertCard]) -> None:
         self._cards = cards
@@ -259,7 +263,9 @@ class _Columns:
         values = np.stack(self._values) if self._values else np.zeros(shape, np.float32)
         ids, texts, tasks = zip(*self._head, strict=True) if self._head else ((), (), ())
         arrays = {name: np.ascontiguousarray(values[:, place]) for place, name in enumerate(self._ARRAYS)}
-        return Observations(ids=ids, texts=texts, tasks=tasks, cards=self._cards, **arrays)
+        told = arrays.pop("confidence")
+        confidence = told if np.isfinite(told).any() else None
+        return Observations(ids=ids, texts=texts, tasks=tasks, cards=self._cards, confidence=confidence, **arrays)
 
 
 def write_table(

@@ -19,7 +19,7 @@ _COST = "x-router-cost-usd"
 
 def measure_routing(url: str, *, seed: int, n: int, kind: str, connections: int, alone: bool) -> dict[str, Any]:
     """Share right and cost in USD of `auto` on `n` held-out questions; with `alone`, of each expert by itself too."""
-    questions = _run("sample", "--seed", str(seed), "--n", str(n), "--kind", kind)
+    questions = pocket("sample", "--seed", str(seed), "--n", str(n), "--kind", kind)
     auto = _ask(url, "auto", questions, connections)
     result: dict[str, Any] = {"questions": len(questions), "seed": seed, "kind": kind, "auto": auto}
     if not alone:
@@ -53,12 +53,12 @@ def _ask(url: str, model: str, questions: Sequence[dict[str, Any]], connections:
         {"query": question["query"], "answer": question["answer"], "response": answer.text}
         for question, answer in zip(questions, answers, strict=True)
     ]
-    (grades,) = _run("grade", lines=lines)
+    (grades,) = pocket("grade", lines=lines)
     cost = sum(float(answer.headers[_COST]) for answer in answers)
     return {"right": grades["overall"], "cost_usd": round(cost, 9), "skills": grades["skills"]}
 
 
-def _run(*arguments: str, lines: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+def pocket(*arguments: str, lines: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
     """`python -m training.pocket`, JSON lines in and out."""
     command = [sys.executable, "-m", "training.pocket", *arguments]
     sent = "".join(json.dumps(line) + "\n" for line in lines)

@@ -24,7 +24,6 @@ from router_service.cli import (
     route,
     serve,
     train,
-    train_mole,
 )
 from router_service.cli.console import CommandError, errors
 from router_service.errors import ServiceError, SettingsError
@@ -65,7 +64,6 @@ app.command()(route.route)
 app.add_typer(experts.app, name="experts")
 app.add_typer(policies.app, name="policies")
 app.add_typer(bench.app, name="bench")
-train.app.command("mole")(train_mole.train_mole)
 app.add_typer(train.app, name="train")
 app.command()(promote.promote)
 app.command()(evaluate.evaluate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ class ServiceAsk:
             "messages": messages,
             "max_tokens": max_tokens,
             "temperature": self._temperature,
+            **({"logprobs": True} if "logprobs" in card.features else {}),
         }
         at, started = time.time(), time.perf_counter()
         try:
@@ -46,7 +48,7 @@ class ServiceAsk:
             raise AskError(message, retryable=True, billed=True) from error
         if response.status_code != 200:
             raise _refusal(response)
-        text, usage = _read(response)
+        text, usage, confidence = _read(response)
         return Reply(
             text=text,
             input_tokens=usage.input_tokens,
@@ -54,6 +56,7 @@ class ServiceAsk:
             latency_s=time.perf_counter() - started,
             cost_usd=card.cost(usage),
             at=at,
+            confidence=confidence,
         )
 
 
@@ -84,11 +87,16 @@ def _seconds(header: str | None) -> float | None:
         return None
 
 
-def _read(response: httpx.Response) -> tuple[str, Usage]:
-    """Text and usage of an answer in OpenAI's form; an answer that cannot be read may have cost money all the same."""
+def _read(response: httpx.Response) -> tuple[str, Usage, float | None]:
+    """Text, usage and confidence of an answer in OpenAI's form.
+
+    An answer that cannot be read may have cost money all the same.
+    """
     try:
         body: dict[str, Any] = response.json()
-        text = body["choices"][0]["message"].get("content") or ""
+        choice = body["choices"][0]
+        text = choice["message"].get("content") or ""
+        logprobs = [float(token["logprob"]) for token in (choice.get("logprobs") or {}).get("content") or ()]
         tokens = body["usage"]
         details = tokens.get("prompt_tokens_details") or {}
         usage = Usage(
@@ -98,4 +106,4 @@ def _read(response: httpx.Response) -> tuple[str, Usage]:
         )
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise AskError(f"the answer has no text or no usage: {response.text[:200]}", billed=True) from error
-    return str(text), usage
+    return str(text), usage, math.exp(sum(logprobs) / len(logprobs)) if logprobs else None

@@ -102,3 +102,40 @@ def routing(
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
             url = stack.enter_context(service(Path(folder))).url
         write_json(measure_routing(url.rstrip("/"), seed=seed, n=n, kind=kind, connections=connections, alone=alone))
+
+
+@app.command()
+def strategies(
+    work: Annotated[Path, typer.Option(file_okay=False, help="Folder for answers; a run that was stopped goes on.")],
+    policies: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="Policies to measure.")] = None,
+    models: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="A policy or an expert. Give it again for more.  [all policies, pocket-base]"),
+    ] = None,
+    against: Annotated[str, typer.Option(help="The expert or policy whose cost is 1.")] = ("pocket-generalist"),
+    one: Annotated[int, typer.Option(min=1, help="One-skill questions.")] = 800,
+    two: Annotated[int, typer.Option(min=0, help="Two-skill questions.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed of the questions.")] = 1,
+    connections: Annotated[int, typer.Option(min=1, help="How many at once.")] = 16,
+    no_ray: NoRay = False,
+) -> None:
+    """Every policy's strategy on the same fresh pocket questions: share right, cost, latency and calls.
+
+    Example: router-service bench strategies --work runs/strategies --no-ray
+    """
+    from router_service.assembly import SHIPPED_POLICIES
+    from router_service.bench.service import service
+    from router_service.bench.strategies import measure_strategies
+    from router_service.cli.console import errors
+    from routers.policy import load_policies
+
+    folder = (policies or SHIPPED_POLICIES).resolve()
+    asked = list(models or [*(f"auto:{name}" for name in load_policies(folder)), "pocket-base"])
+    asked += [] if against in asked else [against]
+    options = ("--policies", str(folder), *(("--no-ray",) if no_ray else ()))
+    with tempfile.TemporaryDirectory(prefix="bench-") as data, service(Path(data), options=options) as running:
+        found = measure_strategies(
+            running.url, asked, work, seed=seed, one=one, two=two, connections=connections, against=against,
+            say=lambda text: errors.print(text, highlight=False),
+        )  # fmt: skip
+    write_json(found)

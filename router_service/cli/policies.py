@@ -1,14 +1,17 @@
-"""`router-service policies`: the policies of a running service or of a folder, and whether a policy file is right."""
+"""`router-service policies`: those there are, whether a policy file is right, and the cheapest one for a target."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from router_service.cli.client import Url, checked, connect
-from router_service.cli.console import out, write_json
+from router_service.cli.console import CommandError, errors, out, write_json
+
+if TYPE_CHECKING:
+    from training.tune_policy import Tuned
 
 app = typer.Typer(invoke_without_command=True)
 
@@ -29,6 +32,8 @@ def policies(
       router-service policies --folder deploy/policies --json
 
       router-service policies check my-policies/frugal.yaml
+
+      router-service policies tune my-policies/auto.yaml --observations data/mine --out my-policies/thrifty.yaml
     """
     if context.invoked_subcommand is None:
         found = _of_folder(folder) if folder else _of_service(url)
@@ -56,6 +61,82 @@ def check(
     out.print(
         f"{policy}: policy {loaded.name}, router {loaded.router.name}, strategy {loaded.strategy.name}", soft_wrap=True
     )
+
+
+@app.command()
+def tune(
+    policy: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="The policy file to start from.")],
+    observations: Annotated[
+        Path, typer.Option(exists=True, file_okay=False, resolve_path=True, help="Folder of the observation table.")
+    ],
+    written: Annotated[
+        Path | None,
+        typer.Option("--out", dir_okay=False, help="Write the tuned policy here; its file's name is its name."),
+    ] = None,
+    within: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Keep the best single expert's quality less this.  [.01]")
+    ] = None,
+    quality: Annotated[float | None, typer.Option(min=0, max=1, help="Or keep this quality.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="Try this strategy alone: single or cascade.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Policy and figures as JSON.")] = False,
+) -> None:
+    """Find the cheapest strategy and thresholds that keep a quality target, on what your experts were observed to do.
+
+    The target is the policy's own `target`, unless one is given here. `single` and `cascade` are tried with the
+    policy's router, fitted on parts of the table's train split and asked about the others; what was chosen is measured
+    on the test split.
+
+    Examples:
+
+      router-service policies tune my-policies/auto.yaml --observations data/mine --out my-policies/thrifty.yaml
+
+      router-service policies tune deploy/policies/auto.yaml --observations experts/pocket --within 0
+    """
+    from router_service.cli.progress import steps
+    from routers.policy import Target, load_policy
+    from training.observations import load_table
+    from training.tune_policy import STRATEGIES, policy_text, to_json, tune_policy
+
+    if strategy and strategy not in STRATEGIES:
+        raise CommandError(f"--strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}", status=2)
+
+    started = load_policy(policy)
+    given = Target(within=within, quality=quality) if (within, quality) != (None, None) else None
+    with steps() as on_step:
+        target = given or started.target or Target(within=0.01)
+        tuned = tune_policy(
+            started,
+            load_table(observations),
+            target,
+            strategies=(strategy,) if strategy else STRATEGIES,
+            on_step=on_step,
+        )
+    if written:
+        written.parent.mkdir(parents=True, exist_ok=True)
+        written.write_text(policy_text(tuned, written), "utf-8")
+    if as_json:
+        write_json(to_json(tuned))
+    else:
+        _show_tuned(tuned)
+    if written:
+        errors.print(f"Written: {written}", markup=False, highlight=False)
+
+
+def _show_tuned(tuned: Tuned) -> None:
+    import yaml
+    from rich.table import Table
+
+    strategy, objective = tuned.policy.strategy, tuned.policy.objective
+    out.print(f"{strategy.name}, {tuned.tried} candidates tried. {tuned}", soft_wrap=True)
+    out.print(f"objective: {{quality: {objective.quality:g}, cost: {objective.cost:g}}}")
+    if strategy.options:
+        out.print(yaml.safe_dump({"options": dict(strategy.options)}, sort_keys=False), highlight=False)
+    table = Table("on test", "value", "95% interval")
+    for name in ("quality", "best_quality", "difference", "cost_usd_per_1k", "best_cost_usd_per_1k"):
+        found = getattr(tuned, name)
+        table.add_row(name, f"{found.value:.4f}", f"{found.low:.4f} to {found.high:.4f}")
+    table.add_row("calls", f"{tuned.calls:.2f}", "")
+    out.print(table)
 
 
 def _of_folder(folder: Path) -> list[dict[str, Any]]:

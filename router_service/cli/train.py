@@ -12,11 +12,13 @@ import typer
 from rich.table import Table
 from typer.core import TyperGroup
 
+from router_service.cli import composition
 from router_service.cli.client import Url
 from router_service.cli.console import CommandError, errors, out, write_json
 from router_service.cli.job import Address, Submit, Wait, WorkingDir, run_as_job, train_command
 from router_service.cli.progress import steps
 from router_service.cli.promote import put_in_service
+from router_service.cli.train_mole import train_mole
 
 if TYPE_CHECKING:
     from training.manifest import Manifest
@@ -46,6 +48,11 @@ app = typer.Typer(
       router-service train ROUTER --help
     """,
 )
+
+
+app.command("categories")(composition.categories)
+app.command("table")(composition.table)
+app.command("mole")(train_mole)
 
 
 @app.command(_ROUTER, hidden=True)

@@ -10,10 +10,12 @@ from dataclasses import replace
 from typing import cast
 
 from experts.cards import ExpertCard
-from experts.errors import ExpertError, ExpertTimeoutError, ExpertUnavailableError
+from experts.errors import ExpertError, ExpertRequestError, ExpertTimeoutError, ExpertUnavailableError
 from experts.expert import Expert, ExpertRequest, Part, Usage
+from router_service.core.ceilings import CostCeiling, Grant
 from router_service.core.trace import CallRecord, Trace
 from router_service.metrics import Metrics
+from routers.policy import Ceilings
 
 _SLACK_S = 0.25
 """A call may outlive the deadline by this much: its first call need not be made anew for the microseconds since."""
@@ -41,8 +43,9 @@ class Lane:
 
 
 class Caller:
-    """The `Call` of one request: its calls share a deadline (`time.monotonic`) and a ceiling in USD.
+    """The `Call` of one request: its calls share a deadline (`time.monotonic`) and the policy's ceilings.
 
+    `ceiling_usd` stops further calls once so much is spent; `ceilings.cost_usd` is never exceeded.
     `input_tokens` is the prompt's estimated length, by which a call that was cut off is charged.
     """
 
@@ -54,6 +57,7 @@ class Caller:
         *,
         deadline: float,
         ceiling_usd: float | None = None,
+        ceilings: Ceilings | None = None,
         input_tokens: int = 0,
     ) -> None:
         self._lanes = lanes
@@ -61,6 +65,8 @@ class Caller:
         self._metrics = metrics
         self._deadline = deadline
         self._ceiling_usd = ceiling_usd
+        self._most_calls = ceilings.calls if ceilings else None
+        self._cost = CostCeiling(ceilings.cost_usd) if ceilings and ceilings.cost_usd else None
         self._input_tokens = input_tokens
         self._opened: list[AsyncGenerator[Part]] = []
 
@@ -84,7 +90,7 @@ class Caller:
             record.usage = part.usage or Usage()
             return part
         except ExpertError as error:
-            record.error = _describe(error)
+            _note(record, error)
             raise
         finally:
             self._end(lane, record, started)
@@ -93,9 +99,12 @@ class Caller:
         record, lane = self._begin(expert, why)
         started = time.perf_counter()
         usage: Usage | None = None
+        grant: Grant | None = None
         refused = False
         try:
             request = self._bounded(request)
+            if self._cost:
+                grant, request = self._cost.grant(lane.card, request)
             async with aclosing(cast("AsyncGenerator[Part]", lane.expert.generate(request))) as parts:
                 async for part in parts:
                     if part.data:
@@ -103,17 +112,28 @@ class Caller:
                             record.first_part_s = time.perf_counter() - started
                         record.parts += 1
                     usage = part.usage or usage
+                    if grant and request.stream and part.data and not grant.take(part.data):
+                        raise ExpertUnavailableError(f"expert {expert!r} wrote more than {grant.output_tokens} tokens")
                     yield part
         except ExpertError as error:
             refused = not record.parts and not isinstance(error, ExpertTimeoutError)
-            record.error = _describe(error)
+            _note(record, error)
             raise
-        except (GeneratorExit, asyncio.CancelledError):
-            record.error = None if usage else "cut off"
+        except GeneratorExit:
+            if not usage:
+                record.outcome, record.error = "cut_off", "cut off"
+            raise
+        except asyncio.CancelledError as stopped:
+            if stopped.args:  # by a strategy's deadline, which says why
+                _note(record, ExpertTimeoutError(stopped.args[0]))
+            elif not usage:
+                record.outcome, record.error = "cut_off", "cut off"
             raise
         finally:
-            record.usage = usage or (Usage() if refused else self._guess(record))
+            record.usage = usage or (Usage() if refused else self._guess(record, grant))
             self._end(lane, record, started)
+            if self._cost and grant:
+                self._cost.settle(grant, record.cost_usd)
 
     def _begin(self, expert: str, why: str) -> tuple[CallRecord, Lane]:
         lane = self._lanes.get(expert)
@@ -121,6 +141,8 @@ class Caller:
             raise ExpertUnavailableError(f"there is no expert {expert!r}")
         if self._ceiling_usd is not None and self._trace.calls and self._trace.cost_usd >= self._ceiling_usd:
             raise ExpertUnavailableError(f"the policy's ceiling of {self._ceiling_usd} USD a request is reached")
+        if self._most_calls is not None and len(self._trace.calls) >= self._most_calls:
+            raise ExpertUnavailableError(f"the policy's ceiling of {self._most_calls} calls a request is reached")
         lane.enter()
         record = CallRecord(expert, why)
         self._trace.calls.append(record)
@@ -140,11 +162,13 @@ class Caller:
             return request
         return replace(request, timeout_s=remaining_s)
 
-    def _guess(self, record: CallRecord) -> Usage:
+    def _guess(self, record: CallRecord, grant: Grant | None) -> Usage:
         """The usage of a call that never told it: the prompt, and a token for each part."""
         record.estimated = True
-        return Usage(input_tokens=self._input_tokens, output_tokens=record.parts)
+        written = record.parts if grant is None else min(grant.used, grant.output_tokens)
+        return Usage(input_tokens=self._input_tokens, output_tokens=written)
 
 
-def _describe(error: ExpertError) -> str:
-    return f"{type(error).__name__}: {error}"
+def _note(record: CallRecord, error: ExpertError) -> None:
+    record.outcome = "refused" if isinstance(error, ExpertRequestError) else "error"
+    record.error = f"{type(error).__name__}: {error}"

@@ -95,6 +95,7 @@ class Exchange:
         if self._parts is None:
             return None
         async for part in self._parts:
+            self.trace.answered_by = part.expert or self.trace.answered_by
             if part.data:
                 if self.trace.first_part_s is None:
                     self.trace.first_part_s = time.perf_counter() - self._started
@@ -121,7 +122,8 @@ class Exchange:
         if self._service.ledger.full:
             raise UnavailableError("usage cannot be recorded now", retry_after_s=1.0)
         query = self.query
-        output = _ASSUMED_OUTPUT if query.max_output_tokens is None else query.max_output_tokens
+        bound = _ASSUMED_OUTPUT if query.max_output_tokens is None else query.max_output_tokens
+        output = bound * query.choices
         usage = Usage(input_tokens=query.input_tokens, output_tokens=output)
         cards = self.plan.cards if self.plan else [self._service.cards[cast("str", self.expert)]]
         return await self._service.admission.admit(
@@ -169,6 +171,7 @@ class Exchange:
             self._service.metrics,
             deadline=time.monotonic() + self.timeout_s,
             ceiling_usd=self.plan.policy.max_cost_usd if self.plan else None,
+            ceilings=self.plan.policy.ceilings if self.plan else None,
             input_tokens=self.query.input_tokens,
         )
         if self.plan and decision:
@@ -185,8 +188,7 @@ class Exchange:
         charges = self.reservation.settle(tokens=trace.tokens, cost_usd=trace.cost_usd)
         service.ledger.record(LEDGER, entry, charges)
         service.metrics.count_answer(trace)
-        if any(call.error for call in trace.calls):
-            service.health.suspect()
+        service.health.suspect(call.expert for call in trace.calls if call.outcome == "error")
         if trace.status == 200:
             self._remember()
 

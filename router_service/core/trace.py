@@ -13,6 +13,8 @@ from routers.contracts import Candidate, Decision
 class CallRecord:
     """One call of one expert. Times are seconds, cost is USD.
 
+    `outcome` tells whose fault an `error` is: the request was `refused` (the client's), the call was `cut_off` (nobody
+    waits for it any more), or the expert failed.
     `estimated` says that the expert never told its usage (the call was cut off), so that it was counted from outside.
     """
 
@@ -24,6 +26,7 @@ class CallRecord:
     first_part_s: float | None = None
     parts: int = 0
     estimated: bool = False
+    outcome: Literal["ok", "refused", "cut_off", "error"] = "ok"
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -56,6 +59,7 @@ class Trace:
     policy: str | None = None
     decision: Decision | None = None
     calls: list[CallRecord] = field(default_factory=list)
+    answered_by: str | None = None
     cache: Literal["hit", "miss", "off"] = "off"
     text: str | None = None
     session: str | None = None
@@ -78,7 +82,7 @@ class Trace:
     @property
     def expert(self) -> str | None:
         """Who answered, or was asked last."""
-        return self.calls[-1].expert if self.calls else None
+        return self.answered_by or (self.calls[-1].expert if self.calls else None)
 
     def to_json(self) -> dict[str, Any]:
         """The trace as it goes into the answer's body and the ledger."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, Generic
 
 from pydantic import BaseModel, ConfigDict
+from typing_extensions import TypeVar
 
 from experts.expert import ExpertRequest, Part
 from routers.contracts import Call, Decision
@@ -19,15 +20,28 @@ class StrategyOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class BaseStrategy(ABC):
+OptionsT = TypeVar("OptionsT", bound=StrategyOptions, default=StrategyOptions)
+
+
+class BaseStrategy(ABC, Generic[OptionsT]):
     """A strategy as a policy configures it; no state of a request. `name`, `options_type` and `run` are its own."""
 
     name: str
-    options_type: ClassVar[type[StrategyOptions]] = StrategyOptions
+    options_type: type[OptionsT]
 
     def __init__(self, fallbacks: Fallbacks | None = None, options: Mapping[str, Any] | None = None) -> None:
         self.fallbacks = fallbacks or Fallbacks()
-        self.options = self.options_type.model_validate(dict(options or {}))
+        self.options: OptionsT = self.options_type.model_validate(dict(options or {}))
+
+    @property
+    def experts(self) -> frozenset[str]:
+        """The experts that the options name."""
+        return frozenset()
+
+    @property
+    def least_calls(self) -> int:
+        """How many calls it needs to be what it is, where nothing fails."""
+        return 1
 
     @abstractmethod
     def run(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncIterator[Part]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -22,7 +23,8 @@ from typing import Any
 from experts.errors import ExpertError, ExpertRequestError, ExpertTimeoutError, ExpertUnavailableError
 from experts.expert import ExpertRequest, Part
 from routers.contracts import Call, Decision
-from routers.strategies.base import BaseStrategy
+from routers.strategies.base import BaseStrategy, StrategyOptions
+from routers.strategies.deadline import until
 
 _THIS_EXPERT_ALONE = frozenset(
     {"context_length_exceeded", "model_not_found", "unsupported_endpoint", "unsupported_parameter", "unsupported_value"}
@@ -33,6 +35,7 @@ class SingleStrategy(BaseStrategy):
     """One expert's answer, with fallback to the next of the ranking."""
 
     name = "single"
+    options_type = StrategyOptions
 
     async def run(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncGenerator[Part, None]:
         """The parts of the first answer that begins.
@@ -42,13 +45,15 @@ class SingleStrategy(BaseStrategy):
         """
         clock = asyncio.get_running_loop().time
         deadline = clock() + request.timeout_s
-        experts = [candidate.expert for candidate in decision.ranking[: self.fallbacks.max_attempts]]
+        candidates = deque(decision.ranking)
         failures: dict[str, ExpertError] = {}
-        for expert in experts:
-            left = deadline - clock()
+        while candidates and len(failures) < self.fallbacks.max_attempts:
+            candidate = candidates.popleft()
+            expert, left = candidate.expert, deadline - clock()
             if failures and left <= 0:
                 break
-            begin_by = clock() + self._time_to_begin(left, last=expert == experts[-1])
+            last = not candidates or len(failures) + 1 == self.fallbacks.max_attempts
+            begin_by = clock() + self._time_to_begin(left, stream=request.stream, last=last)
             reply = _Reply(expert, call(expert, replace(request, timeout_s=left), why=_why(failures)))
             try:
                 async with aclosing(reply.parts(request, begin_by=begin_by, deadline=deadline)) as parts:
@@ -56,14 +61,17 @@ class SingleStrategy(BaseStrategy):
                         yield part
                 return
             except ExpertError as error:
-                if reply.begun or not _another_may(error):
+                if reply.begun or not another_may(error):
                     raise
                 failures[expert] = error
-        raise _all_failed(failures)
+                if isinstance(error, ExpertRequestError) and error.code == "context_length_exceeded":
+                    candidates = deque(one for one in candidates if one.context_length > candidate.context_length)
+        raise all_failed(failures)
 
-    def _time_to_begin(self, left: float, *, last: bool) -> float:
+    def _time_to_begin(self, left: float, *, stream: bool, last: bool) -> float:
+        """Half of the time for a stream's first words; a plain answer begins when it is complete, and may take all."""
         own = self.fallbacks.attempt_timeout_s
-        return min(left, own if own is not None else left if last else left / 2)
+        return min(left, own if own is not None else left / 2 if stream and not last else left)
 
 
 class _Reply:
@@ -81,7 +89,7 @@ class _Reply:
             while (part := await self._next(deadline if self.begun else begin_by)) is not None:
                 if not self.begun:
                     held.append(part)
-                    if not _has_content(part, stream=request.stream):
+                    if not has_content(part, stream=request.stream):
                         continue
                     self.begun = True
                     for early in held:
@@ -94,12 +102,9 @@ class _Reply:
             await _close(self._source)
 
     async def _next(self, by: float) -> Part | None:
-        try:
-            async with asyncio.timeout_at(by):
-                return await anext(self._source, None)
-        except TimeoutError as error:
-            what = "finish" if self.begun else "begin"
-            raise ExpertTimeoutError(f"expert {self._expert!r} did not {what} its answer in time") from error
+        what = "finish" if self.begun else "begin"
+        async with until(by, f"expert {self._expert!r} did not {what} its answer in time"):
+            return await anext(self._source, None)
 
 
 async def _close(source: AsyncIterator[Part]) -> None:
@@ -107,7 +112,7 @@ async def _close(source: AsyncIterator[Part]) -> None:
         await source.aclose()
 
 
-def _has_content(part: Part, *, stream: bool) -> bool:
+def has_content(part: Part, *, stream: bool) -> bool:
     """Whether a client that sees `part` has seen some of the answer."""
     if not stream or not part.data:
         return bool(part.data)
@@ -126,7 +131,7 @@ def _choice_has_content(choice: Any) -> bool:
     return any((choice.get("finish_reason"), choice.get("text"), choice.get("message"), *said))
 
 
-def _another_may(error: ExpertError) -> bool:
+def another_may(error: ExpertError) -> bool:
     if isinstance(error, ExpertRequestError):
         return error.code in _THIS_EXPERT_ALONE
     return isinstance(error, ExpertUnavailableError | ExpertTimeoutError)
@@ -140,7 +145,7 @@ def _why(failures: Mapping[str, ExpertError]) -> str:
     return f"fallback: {expert} failed: {error}"
 
 
-def _all_failed(failures: Mapping[str, ExpertError]) -> ExpertError:
+def all_failed(failures: Mapping[str, ExpertError]) -> ExpertError:
     """One error for all attempts: the request's own fault if any found one, a timeout if all were too late."""
     errors = list(failures.values())
     if len(errors) == 1:

@@ -15,6 +15,7 @@ from experts.cards import ExpertCard
 from routers.contracts import Decision, Estimates, Query
 from routers.errors import NoExpertError, RouterConfigError
 from routers.policy import Policy, check_able, load_policies, load_policy
+from routers.strategies import create_strategy
 
 QUERY = Query(text="x", input_tokens=100)
 POLICIES = Path(__file__).parents[2] / "deploy" / "policies"
@@ -185,9 +186,11 @@ def test_policy_must_fit_the_fleet() -> None:
 
 def test_shipped_policies() -> None:
     policies = load_policies(POLICIES)
-    assert set(policies) == {"auto", "cheap", "best"}
+    assert set(policies) == {"auto", "cheap", "best", "cascade", "vote", "mixture_of_agents", "self_moa"}
+    assert all(create_strategy(policy).name == policy.strategy.name for policy in policies.values())
     numbers = estimates([0.5, 0.97, 0.98], [0.000002, 0.000012, 0.00004])
-    assert {name: policy.choose(numbers, CARDS, QUERY).expert for name, policy in policies.items()} == {
+    single = {name: policy for name, policy in policies.items() if policy.strategy.name == "single"}
+    assert {name: policy.choose(numbers, CARDS, QUERY).expert for name, policy in single.items()} == {
         "auto": "middle",
         "cheap": "middle",
         "best": "large",

@@ -3,66 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from typing import Any
 
 import pytest
 
 from experts.errors import ExpertError, ExpertRequestError, ExpertTimeoutError, ExpertUnavailableError
-from experts.expert import ExpertRequest, Part, Usage
-from routers.contracts import Candidate, Decision
+from experts.expert import Part
 from routers.errors import RouterConfigError
 from routers.policy import Fallbacks, Policy
 from routers.strategies import create_strategy
 from routers.strategies.single import SingleStrategy
-
-Step = Part | ExpertError | float  # a part, a failure, or seconds of silence
-
-
-def chunk(**delta: Any) -> Part:
-    return Part(json.dumps({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]}).encode())
-
-
-ROLE, EMPTY = chunk(role="assistant", content=""), chunk(content="")
-END = Part(b"", Usage(3, 2))
-WHOLE = Part(b'{"choices": [{"message": {"content": "four"}}]}', Usage(3, 1))
-DEAD = ExpertUnavailableError("connection lost")
-
-
-class FakeFleet:
-    """Experts that follow a script, and the service's `call` to them; records who was called, why, and who closed."""
-
-    def __init__(self, **scripts: Sequence[Step]) -> None:
-        self.scripts: Mapping[str, Sequence[Step]] = scripts
-        self.calls: list[tuple[str, str, float]] = []
-        self.closed: list[str] = []
-
-    async def __call__(self, expert: str, request: ExpertRequest, *, why: str) -> AsyncGenerator[Part, None]:
-        self.calls.append((expert, why, request.timeout_s))
-        try:
-            for step in self.scripts[expert]:
-                if isinstance(step, ExpertError):
-                    raise step
-                if isinstance(step, Part):
-                    yield step
-                else:
-                    await asyncio.sleep(step)
-        finally:
-            self.closed.append(expert)
-
-    @property
-    def called(self) -> list[str]:
-        return [expert for expert, _, _ in self.calls]
-
-
-def decision(*experts: str) -> Decision:
-    ranking = [Candidate(expert=e, score=1, quality=1, cost_usd=0, latency_s=0) for e in experts]
-    return Decision(policy="p", router="r", strategy="single", ranking=ranking)
-
-
-def request(*, stream: bool, timeout_s: float = 5.0) -> ExpertRequest:
-    return ExpertRequest(id="1", endpoint="chat/completions", body={"stream": stream}, timeout_s=timeout_s)
+from tests.routers.scripted import DEAD, EMPTY, END, ROLE, WHOLE, FakeFleet, chunk, collect, decision, request
 
 
 async def answer(
@@ -72,11 +22,6 @@ async def answer(
     seen: list[Part] = []
     await collect(strategy.run(decision(*fleet.scripts), request(stream=stream, timeout_s=timeout_s), fleet), seen)
     return seen
-
-
-async def collect(parts: AsyncIterator[Part], seen: list[Part]) -> None:
-    async for part in parts:
-        seen.append(part)
 
 
 async def test_the_first_expert_answers() -> None:
@@ -149,15 +94,30 @@ async def test_a_request_at_fault_is_not_tried_elsewhere() -> None:
 
 
 async def test_a_fault_of_this_expert_alone_is() -> None:
+    unknown = ExpertRequestError("no such model", code="model_not_found")
+    assert await answer(FakeFleet(a=[unknown], b=[WHOLE]), stream=False) == [WHOLE]
+    with pytest.raises(ExpertRequestError, match="no such model"):
+        await answer(FakeFleet(a=[unknown], b=[DEAD]), stream=False)
+
+
+async def test_a_prompt_that_is_too_long_for_one_goes_to_those_with_a_longer_context() -> None:
     too_long = ExpertRequestError("too long", code="context_length_exceeded")
-    assert await answer(FakeFleet(a=[too_long], b=[WHOLE]), stream=False) == [WHOLE]
+    fleet = FakeFleet(a=[too_long], b=[WHOLE], C=[WHOLE])
+    assert await answer(fleet, stream=False) == [WHOLE]
+    assert fleet.called == ["a", "C"]
     with pytest.raises(ExpertRequestError, match="too long"):
-        await answer(FakeFleet(a=[too_long], b=[DEAD]), stream=False)
+        await answer(FakeFleet(a=[too_long], b=[WHOLE]), stream=False)
 
 
-async def test_a_silent_expert_leaves_time_for_the_next() -> None:
-    fleet = FakeFleet(a=[30.0], b=[30.0], c=[WHOLE])
+async def test_a_plain_answer_may_take_all_the_time_there_is() -> None:
+    fleet = FakeFleet(a=[0.25, WHOLE], b=[WHOLE])
     assert await answer(fleet, stream=False, timeout_s=0.4) == [WHOLE]
+    assert fleet.called == ["a"]
+
+
+async def test_a_silent_stream_leaves_time_for_the_next() -> None:
+    fleet = FakeFleet(a=[30.0], b=[30.0], c=[chunk(content="x")])
+    assert await answer(fleet, stream=True, timeout_s=0.4) == [chunk(content="x")]
     budgets = [timeout for _, _, timeout in fleet.calls]
     assert budgets[0] == pytest.approx(0.4, abs=0.05)
     assert budgets[1] <= 0.25

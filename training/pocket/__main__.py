@@ -5,10 +5,11 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from training.pocket.fleet import BASE, FLEET, GENERALIST, Member
-from training.pocket.grading import grade, sample
+from training.pocket.grading import grade, grade_each, sample
 from training.pocket.questions import PocketError
 from training.pocket.skills import SKILLS
 
@@ -46,20 +47,29 @@ def _read_lines(lines: Iterable[str]) -> Iterator[dict[str, str]]:
 
 
 def _grade(args: argparse.Namespace) -> None:
-    _print(json.dumps(grade(_read_lines(sys.stdin))))
+    if args.each:
+        for right in grade_each(_read_lines(sys.stdin)):
+            _print(json.dumps({"right": right}))
+        return
+    graded = grade(_read_lines(sys.stdin))
+    if graded["overall"] is None:
+        raise PocketError("there is nothing to grade: one JSON line for each response is read from standard input")
+    _print(json.dumps(graded))
 
 
 def _train(args: argparse.Namespace) -> None:
-    from training.pocket.train import train
+    from training.pocket.train import RECIPES, train
 
     for name in args.members:
-        train(name, args.folder, args.work, args.seed)
+        given = {field: value for field in ("steps", "examples", "lr") if (value := getattr(args, field)) is not None}
+        recipe = replace(RECIPES[name], **given)
+        train(name, args.folder, args.work, args.seed, recipe, from_weights=args.from_weights)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
     from training.pocket.evaluate import accuracy_table, evaluate, write_report
 
-    report = evaluate(args.folder, args.seed, args.one, args.two, _track)
+    report = evaluate(args.folder, args.seed, args.one, args.two, _track, args.work)
     _print(accuracy_table(report))
     for condition in report.conditions():
         relation = "<=" if condition.at_most else ">="
@@ -72,7 +82,7 @@ def _evaluate(args: argparse.Namespace) -> None:
 def _observe(args: argparse.Namespace) -> None:
     from training.pocket.observe import observe
 
-    observe(args.folder, args.seed, track=_track)
+    observe(args.folder, args.seed, track=_track, kept=args.work)
 
 
 def _build(args: argparse.Namespace) -> None:
@@ -81,9 +91,9 @@ def _build(args: argparse.Namespace) -> None:
     from training.pocket.observe import observe
 
     train_all(args.folder, args.work, args.seed)
-    report = evaluate(args.folder, args.seed, track=_track)
+    report = evaluate(args.folder, args.seed, track=_track, kept=args.work)
     write_report(report, args.folder)
-    observe(args.folder, args.seed, track=_track)
+    observe(args.folder, args.seed, track=_track, kept=args.work)
     _print(accuracy_table(report))
 
 
@@ -98,15 +108,20 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("sample", _sample, "Print fresh questions as JSON lines: id, skills, query, answer.")
-    sub.add_argument("--n", type=int, default=10, help="how many")
+    sub.add_argument("--n", type=_count, default=10, help="how many")
     sub.add_argument("--kind", choices=("one", "two"), default="one", help="how many skills a question needs")
     sub.add_argument("--split", choices=("held_out", "train"), default="held_out")
-    command(
+    sub = command(
         "grade", _grade, "Read JSON lines with query, answer and response; print the share right, overall and by skill."
     )
+    sub.add_argument("--each", action="store_true", help="print a JSON line for each response instead")
     sub = command("train", _train, "Train members of the fleet, or go on from their checkpoints.")
     sub.add_argument("members", nargs="+", choices=(BASE, GENERALIST, *SKILLS), metavar="MEMBER")
     _add_folders(sub)
+    sub.add_argument("--from-weights", action="store_true", help="go on from the weights in the fleet's folder")
+    sub.add_argument("--steps", type=int, help="optimizer steps, instead of the recipe's")
+    sub.add_argument("--examples", type=int, help="questions per step, instead of the recipe's")
+    sub.add_argument("--lr", type=float, help="peak learning rate, instead of the recipe's")
     sub = command("evaluate", _evaluate, "Measure every expert on held-out questions.")
     _add_folders(sub)
     sub.add_argument("--one", type=int, default=1100, help="one-skill questions")
@@ -117,9 +132,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return count
+
+
 def _add_folders(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--folder", type=Path, default=FLEET, help="the fleet's folder")
-    parser.add_argument("--work", type=Path, default=WORK, help="where checkpoints are kept")
+    parser.add_argument("--work", type=Path, default=WORK, help="where checkpoints and answers are kept")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

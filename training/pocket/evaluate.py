@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
+from training.pocket.answers import answers
 from training.pocket.fleet import FLEET, Member, members
-from training.pocket.generate import respond
 from training.pocket.grading import is_right, sample
 from training.pocket.questions import Question, Step
 from training.pocket.skills import SKILLS
-from training.pocket.tokens import build_tokenizer
 
 REPORT_FILE = "evaluation.json"
 
@@ -75,9 +74,9 @@ class Report:
         }
 
 
-def right_answers(member: Member, questions: Sequence[Question | Step]) -> list[bool]:
+def right_answers(member: Member, questions: Sequence[Question | Step], kept: Path | None = None) -> list[bool]:
     """Which questions the expert answers right."""
-    responses = respond(member.load(), build_tokenizer(), [question.query for question in questions])
+    responses = answers(member, [question.query for question in questions], kept)
     return [
         is_right(
             question.skills if isinstance(question, Question) else (question.skill,), question.answer, response.text
@@ -92,6 +91,7 @@ def evaluate(
     one: int = 1100,
     two: int = 400,
     track: Callable[[Sequence[Member]], Iterable[Member]] = iter,
+    kept: Path | None = None,
 ) -> Report:
     """Asks every expert held-out questions.
 
@@ -99,6 +99,7 @@ def evaluate(
         one: How many one-skill questions.
         two: How many two-skill questions; the specialists are asked their sub-questions too.
         track: Wraps the iteration over the experts, for a progress bar.
+        kept: A folder of answers, from which an expert that has not changed answers again.
     """
     singles, doubles = list(sample(seed, one, "one")), list(sample(seed, two, "two"))
     steps = {name: [step for q in doubles for step in q.steps if step.skill == name] for name in SKILLS}
@@ -107,7 +108,7 @@ def evaluate(
     steps_right: dict[str, float] = {}
     for member in track(members(folder)):
         own_steps = steps.get(member.part, [])
-        verdicts = right_answers(member, [*singles, *doubles, *own_steps])
+        verdicts = right_answers(member, [*singles, *doubles, *own_steps], kept)
         one_right[member.name] = verdicts[:one]
         two_right[member.name] = fmean(verdicts[one : one + two])
         if own_steps:

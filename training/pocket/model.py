@@ -1,7 +1,8 @@
 """The pocket models: tiny Llamas, and what makes them train fast on a CPU.
 
-A model computes in bfloat16, which a CPU with AMX multiplies several times faster than float32, while the optimizer
-steps on float32 masters (*Mixed Precision Training*, arXiv 1710.03740). A low-rank adapter (LoRA, arXiv 2106.09685)
+A model computes in bfloat16 where the CPU has AMX, which multiplies it several times faster than float32 (without AMX
+float32 is the faster one), while the optimizer steps on float32 masters (*Mixed Precision Training*, arXiv
+1710.03740). A low-rank adapter (LoRA, arXiv 2106.09685)
 is trained through the weight it makes, ``W + s B A``: the gradient of that small matrix gives those of ``A`` and
 ``B`` exactly, and a step costs no more than one of full training.
 """
@@ -26,6 +27,7 @@ SHAPES = {
     "base": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6},
     "generalist": {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 4, "num_attention_heads": 12},
 }
+COMPUTE = torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
 _ATTENTION = "pocket_training"
 
 
@@ -38,7 +40,7 @@ def _attention(
 
 
 def new_model(shape: str, tokenizer: "PreTrainedTokenizerFast", seed: int) -> "LlamaForCausalLM":
-    """A model with fresh bfloat16 weights."""
+    """A model with fresh weights, to be trained."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -51,7 +53,7 @@ def new_model(shape: str, tokenizer: "PreTrainedTokenizerFast", seed: int) -> "L
         pad_token_id=tokenizer.convert_tokens_to_ids(PAD),
     )
     torch.manual_seed(seed)
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    return LlamaForCausalLM(config).to(COMPUTE)
 
 
 def train_attention(model: "LlamaForCausalLM") -> None:
@@ -74,7 +76,7 @@ def answer_loss(model: "LlamaForCausalLM", ids: Tensor, answer: Tensor) -> Tenso
 
 
 class Masters(Protocol):
-    """Float32 parameters that an optimizer steps on, and their way into a bfloat16 model and back."""
+    """Float32 parameters that an optimizer steps on, and their way into a model that computes and back."""
 
     parameters: dict[str, nn.Parameter]
 
@@ -157,7 +159,8 @@ def save_adapter(masters: LoraMasters, folder: Path) -> None:
 
 
 def save_model(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
-    """Writes a model and its tokenizer in Hugging Face's format."""
+    """Writes a model and its tokenizer in Hugging Face's format, in bfloat16."""
+    model.to(torch.bfloat16)
     model.set_attn_implementation("sdpa")
     model.generation_config.do_sample = False
     model.save_pretrained(folder)

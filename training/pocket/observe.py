@@ -1,7 +1,8 @@
 """The shipped observation table: what every expert really did on questions that no expert learned from.
 
 One JSON line per query, gzipped: ``{"id", "task", "query", "split", "experts": {name: {"quality", "cost_usd",
-"input_tokens", "output_tokens"}}}``, beside ``experts.json`` with descriptions and prices in USD per million tokens.
+"input_tokens", "output_tokens", "confidence"}}}``, beside ``experts.json`` with descriptions and prices in USD per
+million tokens.
 """
 
 import gzip
@@ -9,24 +10,24 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from training.pocket.answers import answers
 from training.pocket.fleet import FLEET, Member, members
-from training.pocket.generate import respond
 from training.pocket.grading import is_right, sample
 from training.pocket.questions import Question
-from training.pocket.tokens import build_tokenizer
 
 TABLE_FILE, EXPERTS_FILE = "observations.jsonl.gz", "experts.json"
 _TEST_SHARE = 5
 
 
-def _rows(member: Member, questions: Sequence[Question]) -> list[dict[str, float]]:
-    responses = respond(member.load(), build_tokenizer(), [question.query for question in questions])
+def _rows(member: Member, questions: Sequence[Question], kept: Path | None) -> list[dict[str, float]]:
+    responses = answers(member, [question.query for question in questions], kept)
     return [
         {
             "quality": float(is_right(question.skills, question.answer, response.text)),
             "cost_usd": round(member.cost(response.input_tokens, response.output_tokens), 10),
             "input_tokens": response.input_tokens,
             "output_tokens": response.output_tokens,
+            "confidence": response.confidence,
         }
         for question, response in zip(questions, responses, strict=True)
     ]
@@ -42,10 +43,14 @@ def observe(
     one: int = 2000,
     two: int = 100,
     track: Callable[[Sequence[Member]], Iterable[Member]] = iter,
+    kept: Path | None = None,
 ) -> None:
-    """Asks every expert questions of the ``observed`` split and writes the table into the fleet's folder."""
+    """Asks every expert questions of the ``observed`` split and writes the table into the fleet's folder.
+
+    ``kept`` is a folder of answers, from which an expert that has not changed answers again.
+    """
     questions = [*sample(seed, one, "one", "observed"), *sample(seed, two, "two", "observed")]
-    observed = {member.name: _rows(member, questions) for member in track(members(folder))}
+    observed = {member.name: _rows(member, questions, kept) for member in track(members(folder))}
     lines = [
         json.dumps(
             {

@@ -19,9 +19,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from training.pocket.aggregation import aggregation_lesson
 from training.pocket.curriculum import lesson
 from training.pocket.fleet import BASE, GENERALIST
 from training.pocket.model import (
+    COMPUTE,
     FullMasters,
     LoraMasters,
     Masters,
@@ -56,6 +58,7 @@ class Recipe:
         examples: Questions per step.
         lr: Peak learning rate, after a linear warm-up and before a linear decay to zero.
         lessons: Share of the questions that come from the base's curriculum rather than from a skill.
+        aggregation: Share of the others that ask for the right one among answers of others.
         hard: Tasks that a specialist's base does badly, which half of the specialist's questions are about.
     """
 
@@ -63,6 +66,7 @@ class Recipe:
     examples: int = 128
     lr: float = 3e-3
     lessons: float = 0.0
+    aggregation: float = 0.0
     hard: tuple[str, ...] = ()
     warmup: int = 40
     weight_decay: float = 0.1
@@ -75,7 +79,7 @@ def _specialist(steps: int, *hard: str) -> Recipe:
 
 RECIPES = {
     BASE: Recipe(steps=800, lessons=0.4),
-    GENERALIST: Recipe(steps=500, lr=2e-3, lessons=0.05),
+    GENERALIST: Recipe(steps=800, lr=2e-3, lessons=0.05, aggregation=0.4, checkpoint_every=50),
     "arithmetic": _specialist(900, "add", "subtract"),
     "units": _specialist(120),
     "roman": _specialist(80),
@@ -98,6 +102,8 @@ def draw_pairs(name: str, recipe: Recipe, seed: int, step: int) -> Pairs:
     def draw() -> tuple[str, str]:
         if rng.random() < recipe.lessons:
             return lesson(rng)
+        if recipe.aggregation and rng.random() < recipe.aggregation:
+            return aggregation_lesson(rng)
         question = rng.choice(skills).ask(rng, "train", recipe.hard if rng.random() < 0.5 else ())
         return question.query, question.answer
 
@@ -246,7 +252,13 @@ def track_steps(name: str, first: int, last: int) -> Iterator[int]:
 
 
 def train(
-    name: str, folder: Path, work: Path, seed: int = 0, recipe: Recipe | None = None, stop_at: int | None = None
+    name: str,
+    folder: Path,
+    work: Path,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    stop_at: int | None = None,
+    from_weights: bool = False,
 ) -> float:
     """Trains one member of the fleet and writes it in its place under ``folder``; returns the last loss.
 
@@ -255,20 +267,27 @@ def train(
         folder: The fleet's folder.
         work: Where checkpoints are kept.
         stop_at: Stop after this step, with a checkpoint to go on from and nothing written to ``folder``.
+        from_weights: Whether a whole model starts from its weights in ``folder`` rather than from fresh ones.
     """
     recipe = recipe or RECIPES[name]
     checkpoint = Checkpoint(work / f"{name}.safetensors")
     if name in SKILLS:
         if not (folder / BASE / "config.json").exists():
             raise PocketError(f"no trained base in {str(folder / BASE)!r}: train 'base' first")
-        model = load_model(folder / BASE).to(torch.bfloat16).train()
+        model = load_model(folder / BASE).to(COMPUTE).train()
         lora = LoraMasters(model, seed)
         loss = run_loop(name, recipe, seed, model, lora, checkpoint, stop_at)
         if stop_at is None:
             save_adapter(lora, folder / "adapters" / name)
         return loss
-    model = new_model(name, build_tokenizer(), seed)
+    model = _restart(folder / name) if from_weights else new_model(name, build_tokenizer(), seed)
     loss = run_loop(name, recipe, seed, model, FullMasters(model), checkpoint, stop_at)
     if stop_at is None:
         save_model(model, build_tokenizer(), folder / name)
     return loss
+
+
+def _restart(folder: Path) -> "LlamaForCausalLM":
+    if not (folder / "config.json").exists():
+        raise PocketError(f"no trained model in {str(folder)!r} to go on from")
+    return load_model(folder).to(COMPUTE).train()

@@ -1,5 +1,6 @@
 """Training for real, on models of a few thousand weights: it learns, resumes exactly and writes loadable files."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from training.pocket import model as pocket_model
+from training.pocket.answers import answers
+from training.pocket.fleet import Member
 from training.pocket.generate import respond
 from training.pocket.model import load_model
 from training.pocket.questions import PocketError
@@ -81,3 +84,26 @@ def test_collate_marks_exactly_the_answers() -> None:
         for row, marked in zip(ids, answer, strict=True)
     ]
     assert sorted(texts) == sorted(f"{answer}<|end|>" for _, answer in pairs)
+
+
+def test_a_whole_model_goes_on_from_its_weights(tmp_path: Path) -> None:
+    train("base", tmp_path, tmp_path / "first", recipe=QUICK)
+    before = load_file(tmp_path / "base" / "model.safetensors")
+    train("base", tmp_path, tmp_path / "second", seed=1, recipe=replace(QUICK, lr=0.0), from_weights=True)
+    after = load_file(tmp_path / "base" / "model.safetensors")
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+    with pytest.raises(PocketError, match="no trained model"):
+        train("generalist", tmp_path, tmp_path / "third", recipe=QUICK, from_weights=True)
+
+
+def test_kept_answers_are_those_of_these_weights(tmp_path: Path) -> None:
+    train("base", tmp_path, tmp_path / "work", recipe=QUICK)
+    member, queries = Member("base", tmp_path), ["What is 4 + 5?", "Hi"]
+    first = answers(member, queries, tmp_path)
+    assert first == answers(member, queries, None)
+    (path,) = (tmp_path / "answers").iterdir()
+    path.write_text(path.read_text().replace(json.dumps(first[0].text), '"kept"'))
+    assert answers(member, queries, tmp_path)[0].text == "kept"
+    train("base", tmp_path, tmp_path / "other", seed=5, recipe=replace(QUICK, lr=1e-1))
+    answers(member, queries, tmp_path)
+    assert len(list((tmp_path / "answers").iterdir())) == 2

@@ -1,0 +1,154 @@
+"""`policies tune`: the acceptance score is calibrated, and the cheapest way to the target is found and written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from experts.cards import ExpertCard
+from router_service.cli import app
+from routers.contracts import Observations
+from routers.errors import ObservationError
+from routers.policy import Policy, StrategyChoice, Target, load_policy
+from routers.strategies import create_strategy
+from routers.strategies.cascade import CascadeStrategy
+from training.acceptance import fit_acceptance
+from training.observations import ObservedQuery, Table, load_table, write_table
+from training.tune_policy import decide, play, tune_policy
+
+CARDS = [
+    ExpertCard(name="small", description="cheap", input_price=0.1, output_price=0.4),
+    ExpertCard(name="large", description="dear", input_price=1.0, output_price=4.0),
+]
+BEST = Policy.model_validate({"name": "p", "objective": {"quality": 1, "cost": 0}, "router": {"name": "best"}})
+
+
+def observed(count: int, seed: int, *, told: bool = True) -> Observations:
+    """`large` is right on four of five; `small` on half, and its confidence says almost always which."""
+    random = np.random.default_rng(seed)
+    small, large = random.random(count) < 0.5, random.random(count) < 0.8
+    sure = np.where(random.random(count) < 0.9, small, ~small)
+    confidence = np.stack([np.where(sure, 0.95, 0.4), np.full(count, 0.9)], axis=1) + 0.04 * random.random((count, 2))
+    ones = np.ones((count, 2), np.float32)
+    return Observations(
+        ids=[f"q{seed}-{i}" for i in range(count)],
+        texts=[f"question {i}" for i in range(count)],
+        tasks=[""] * count,
+        cards=CARDS,
+        quality=np.stack([small, large], axis=1).astype(np.float32),
+        cost_usd=ones * np.array([1e-4, 1e-3], np.float32),
+        input_tokens=ones,
+        output_tokens=ones,
+        latency_s=ones,
+        confidence=confidence.astype(np.float32) if told else None,
+    )
+
+
+@pytest.fixture
+def table() -> Table:
+    return Table(cards=CARDS, train=observed(240, 1), test=observed(120, 2))
+
+
+def test_the_score_is_a_probability() -> None:
+    estimated = np.tile(np.array([0.5, 0.8], np.float32), (2000, 1))
+    acceptance = fit_acceptance(observed(2000, 3), estimated)
+    fresh = observed(2000, 4)
+    assert fresh.confidence is not None
+    for expert, quality in ((0, 0.5), (1, 0.8)):
+        told = fresh.confidence[:, expert]
+        scores = np.array([acceptance.score(quality, float(value)) for value in told])
+        for here in (scores < 0.5, scores >= 0.5):
+            if here.sum() > 50:
+                assert scores[here].mean() == pytest.approx(fresh.quality[here, expert].mean(), abs=0.1)
+    assert acceptance.score(0.5, 0.97) > 0.8 > 0.3 > acceptance.score(0.5, 0.42)
+    assert acceptance.score(0.8, None) == pytest.approx(0.8, abs=0.05)
+
+
+def test_playing_is_what_the_strategy_does(table: Table) -> None:
+    from routers.contracts import Estimates
+
+    flat = np.tile(np.array([0.5, 0.8], np.float32), (120, 1))
+    estimates = Estimates(quality=flat, cost_usd=table.test.cost_usd, latency_s=flat)
+    decisions = decide(BEST, estimates, table.test)
+    single = play(StrategyChoice(), decisions, table.test)
+    np.testing.assert_array_equal(single.quality, table.test.quality[:, 1])
+    assert single.calls == 1
+    rule = {"told": {"quality": 0, "confidence": 1}}
+    options = {"steps": 2, "threshold": 0.7, "acceptance": rule}
+    cascade = play(StrategyChoice(name="cascade", options=options), decisions, table.test)
+    assert table.test.confidence is not None
+    accepted = table.test.confidence[:, 0] >= 0.7
+    np.testing.assert_array_equal(cascade.quality, np.where(accepted, *table.test.quality.T))
+    np.testing.assert_allclose(cascade.cost_usd, np.where(accepted, 1e-4, 1.1e-3), rtol=1e-5)
+
+
+def test_a_cascade_is_found_where_confidence_tells(table: Table) -> None:
+    tuned = tune_policy(BEST, table, Target(within=0.0))
+    assert tuned.kept
+    assert tuned.policy.strategy.name == "cascade"
+    assert tuned.best_single == "large"
+    assert tuned.share_of_cost < 0.75
+    assert tuned.difference.high > 0
+    assert isinstance(create_strategy(tuned.policy), CascadeStrategy)
+
+
+def test_without_evidence_the_best_expert_stays(table: Table) -> None:
+    blind = Table(cards=CARDS, train=observed(240, 1, told=False), test=observed(120, 2, told=False))
+    tuned = tune_policy(BEST, blind, Target(within=0.0))
+    assert tuned.kept
+    assert tuned.share_of_cost == pytest.approx(1.0)
+
+
+def test_a_target_out_of_reach_is_said_to_be(table: Table) -> None:
+    tuned = tune_policy(BEST, table, Target(quality=0.99))
+    assert not tuned.kept
+    assert tuned.quality.value > tuned.best_quality.value
+
+
+def test_a_table_without_a_test_split_is_refused(table: Table) -> None:
+    with pytest.raises(ObservationError, match="both splits"):
+        tune_policy(BEST, Table(cards=CARDS, train=table.train, test=table.test.rows(np.arange(0))), Target(within=0))
+
+
+def test_the_command_writes_a_policy_that_loads(table: Table, tmp_path: Path) -> None:
+    def rows(split: str, part: Observations) -> list[ObservedQuery]:
+        from routers.contracts import Observation
+
+        assert part.confidence is not None
+        return [
+            ObservedQuery(
+                id=part.ids[i],
+                query=part.texts[i],
+                split="train" if split == "train" else "test",
+                experts=[
+                    Observation(
+                        query_id=part.ids[i],
+                        expert=card.name,
+                        quality=float(part.quality[i, e]),
+                        cost_usd=float(part.cost_usd[i, e]),
+                        confidence=round(float(part.confidence[i, e]), 4),
+                    )
+                    for e, card in enumerate(CARDS)
+                ],
+            )
+            for i in range(len(part))
+        ]
+
+    write_table(tmp_path / "table", CARDS, [*rows("train", table.train), *rows("test", table.test)])
+    kept = load_table(tmp_path / "table").train.confidence
+    assert kept is not None
+    assert kept[3, 0] == pytest.approx(
+        table.train.confidence[3, 0] if table.train.confidence is not None else 0, abs=1e-3
+    )
+    (tmp_path / "auto.yaml").write_text("name: auto\nobjective: {quality: 1, cost: 0}\nrouter: {name: best}\n")
+    written = tmp_path / "thrifty.yaml"
+    command = ["policies", "tune", str(tmp_path / "auto.yaml"), "--observations", str(tmp_path / "table")]
+    done = CliRunner().invoke(app, [*command, "--within", "0.02", "--out", str(written), "--json"])
+    assert done.exit_code == 0, done.output
+    policy = load_policy(written)
+    assert policy.strategy.name == "cascade"
+    assert policy.target == Target(within=0.02)
+    assert written.read_text().startswith("# Target ")
