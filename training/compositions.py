@@ -5,9 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -100,63 +99,54 @@ def against_linear(intents: Intents, *, seed: int = 0) -> Json:
         texts, train, labels, prototypes=config.prototypes, unknown_share=config.unknown_share,
         least_probability=config.least_probability, seed=seed,
     )  # fmt: skip
+    unbounded = replace(ours, least_cosine=-1.0, least_probability=0.0)
     names = (*ours.names, GENERAL)
     found = {
-        "composition": ours(asked, test),
-        "linear": _linear(train, labels, test, names, config.unknown_share, seed),
+        "composition": _outcomes(unbounded(asked, test), ours(asked, test), names, truth),
+        "linear": _outcomes(*_linear(train, labels, test, names, config.unknown_share, seed), names, truth),
     }
     draws = metrics.bootstrap(len(asked), resamples=_RESAMPLES, seed=0)
+    scores = {name: {key: metrics.weighted_mean(v, draws) for key, v in rows.items()} for name, rows in found.items()}
     return {
         "train": len(texts),
         "in_scope": sum(label != GENERAL for label in truth),
         "out_of_scope": sum(label == GENERAL for label in truth),
-        "classifiers": {name: _scores(rows, names, truth, draws) for name, rows in found.items()},
-        "difference": _difference(found, names, truth, draws),
+        "classifiers": {name: {key: interval(v) for key, v in rows.items()} for name, rows in scores.items()},
+        "difference": {key: interval(scores["composition"][key] - v) for key, v in scores["linear"].items()},
     }
 
 
 def _linear(
     train: FloatArray, labels: Sequence[str], test: FloatArray, names: Sequence[str], unknown_share: float, seed: int
-) -> FloatArray:
+) -> tuple[FloatArray, FloatArray]:
+    """Probabilities of the test queries [B, C + 1], and the same with "general" for those that it is unsure of."""
     from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import cross_val_predict
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
     places = np.array([names.index(label) for label in labels])
     model = LogisticRegression(C=10.0, max_iter=300)
-    held_out = cross_val_predict(model, train, places, cv=4, method="predict_proba")
+    folds = StratifiedKFold(4, shuffle=True, random_state=seed)
+    held_out = cross_val_predict(model, train, places, cv=folds, method="predict_proba")
     edge = np.quantile(held_out.max(1), unknown_share)
-    found = model.fit(train, places).predict_proba(test)
-    unsure = (found.max(1) < edge).astype(np.float64)[:, None]
-    return np.hstack([found * (1 - unsure), unsure]).astype(np.float32)
+    found = np.hstack([model.fit(train, places).predict_proba(test), np.zeros((len(test), 1))]).astype(np.float32)
+    decided = found.copy()
+    decided[found.max(1) < edge] = np.eye(len(names), dtype=np.float32)[-1]
+    return found, decided
 
 
-def _outcomes(rows: FloatArray, names: Sequence[str], truth: Sequence[str]) -> Mapping[str, Floats]:
-    """Per query, NaN where it does not count: right among the categories alone, right with "general", found out."""
+def _outcomes(
+    likely: FloatArray, decided: FloatArray, names: Sequence[str], truth: Sequence[str]
+) -> Mapping[str, Floats]:
+    """Per query, NaN where it does not count.
+
+    `accuracy` is of the likeliest category, `decided_accuracy` counts what was sent to "general" as wrong.
+    """
     wanted = np.array([names.index(label) for label in truth])
-    outside = wanted == len(names) - 1
-    right = rows.argmax(1) == wanted
+    outside, last = wanted == len(names) - 1, len(names) - 1
     return {
-        "accuracy": np.where(outside, np.nan, right),
-        "out_of_scope_recall": np.where(outside, right, np.nan),
-        "in_scope_kept": np.where(outside, np.nan, rows.argmax(1) != len(names) - 1),
-    }
-
-
-def _scores(rows: FloatArray, names: Sequence[str], truth: Sequence[str], draws: FloatArray) -> Json:
-    outcomes = _outcomes(rows, names, truth)
-    kept = rows[:, -1] == 0
-    right = np.where(np.isnan(outcomes["accuracy"]), np.nan, outcomes["accuracy"])
-    known = kept & ~np.isnan(right)
-    error = metrics.calibration(
-        rows.max(1)[known][:, None], right[known][:, None].astype(np.float32), draws[:1][:, known]
-    ).error[0]
-    found: dict[str, Any] = {name: interval(metrics.weighted_mean(values, draws)) for name, values in outcomes.items()}
-    return {**found, "calibration_error": float(error)}
-
-
-def _difference(found: Mapping[str, FloatArray], names: Sequence[str], truth: Sequence[str], draws: FloatArray) -> Json:
-    ours, linear = (_outcomes(found[name], names, truth) for name in ("composition", "linear"))
-    return {
-        name: interval(metrics.weighted_mean(ours[name], draws) - metrics.weighted_mean(linear[name], draws))
-        for name in ("accuracy", "out_of_scope_recall")
+        "accuracy": np.where(outside, np.nan, likely.argmax(1) == wanted),
+        "out_of_scope_recall": np.where(outside, decided.argmax(1) == last, np.nan),
+        "in_scope_kept": np.where(outside, np.nan, decided.argmax(1) != last),
+        "decided_accuracy": np.where(outside, np.nan, decided.argmax(1) == wanted),
+        "confidence_less_accuracy": np.where(outside, np.nan, likely.max(1) - (likely.argmax(1) == wanted)),
     }

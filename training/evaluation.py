@@ -80,7 +80,7 @@ def evaluate(
         for seed in seeds:
             on_step(f"evaluate: {name}, seed {seed}", len(evaluations) * len(seeds) + len(runs), total)
             runs.append(bench.measure_router(create_router(name, {"seed": seed}).fit(table.train)))
-        evaluations.append(replace(_mean(runs), router=name, seeds=seeds))
+        evaluations.append(replace(mean_over_seeds(runs), router=name, seeds=seeds))
     on_step("evaluate: done", total, total)
     return bench.report(evaluations)
 
@@ -251,7 +251,7 @@ def _known_means(values: FloatArray, default: FloatArray | float = 0.0) -> Float
     return np.where(np.isfinite(means), means, default).astype(np.float32)
 
 
-def _mean(runs: Sequence[Evaluation]) -> Evaluation:
+def mean_over_seeds(runs: Sequence[Evaluation]) -> Evaluation:
     """The mean over seeds, draw by draw. The reliability diagram is the first seed's, the error all seeds'."""
     first = runs[0]
     calibrations = [run.calibration for run in runs if run.calibration]

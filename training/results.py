@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m training.results", description=__doc__)
     parser.add_argument("experiment", nargs="*", choices=["", *_EXPERIMENTS], help="by default all of them")
     for name in parser.parse_args(arguments).experiment or _EXPERIMENTS:
-        _write(name, _EXPERIMENTS[name]())
+        write(name, _EXPERIMENTS[name](), command=f"python -m training.results {name}")
     DOCUMENT.write_text(with_tables(DOCUMENT.read_text("utf-8"), RESULTS), "utf-8")
 
 
@@ -57,8 +57,8 @@ def data_folder(table: str) -> Path:
     return Path(os.environ.get("ROUTER_DATA_DIR") or "../shared/data") / "routing" / table
 
 
-def _write(name: str, results: Any) -> None:
-    command = f"python -m training.results {name}"
+def write(name: str, results: Any, *, command: str) -> None:
+    """Write docs/results/NAME.json, with the command that makes it."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"command": command, "results": results}, indent=1, ensure_ascii=False)
     (RESULTS / f"{name}.json").write_text(_narrow(text) + "\n", "utf-8")
@@ -314,13 +314,29 @@ def _composition_table(results: Json) -> str:
 
 
 def _intents_table(results: Json) -> str:
-    figures = ("accuracy", "out_of_scope_recall", "in_scope_kept")
+    figures = {
+        "accuracy": "accuracy",
+        "out_of_scope_recall": "out-of-scope recall",
+        "in_scope_kept": "in scope, not sent to general",
+        "decided_accuracy": "in scope, sent to the right category",
+        "confidence_less_accuracy": "confidence less accuracy",
+    }
+    named = {**results["classifiers"], "difference": results["difference"]}
+    rows = [[name, *(_cell(found[figure], figure) for figure in figures)] for name, found in named.items()]
+    return _markdown(["classifier", *figures.values()], rows)
+
+
+def _strategies_table(results: Json) -> str:
+    head = ["asked", "right", "one skill", "two skills", "USD/1k", "cost, generalist = 1", "calls", "p50, p95 in ms"]
     rows = [
-        [name, *(_cell(found[figure], figure) for figure in figures), f"{found['calibration_error']:.3f}"]
-        for name, found in results["classifiers"].items()
-    ]
-    rows.append(["difference", *(_cell(results["difference"][figure], figure) for figure in figures[:2]), "", ""])
-    return _markdown(["classifier", "accuracy", "out-of-scope recall", "in scope, not sent to general", "ECE"], rows)
+        [
+            f"`{name}`", _cell(found["right"], "quality"), f"{found['right_one_skill']:.3f}",
+            f"{found['right_two_skills']:.3f}", f"{found['cost_usd_per_1k']:.4f}", f"{found['share_of_cost']:.2f}",
+            f"{found['calls']:.2f}", f"{1000 * found['latency_s_p50']:.0f}, {1000 * found['latency_s_p95']:.0f}",
+        ]
+        for name, found in results["models"].items()
+    ]  # fmt: skip
+    return _markdown(head, rows)
 
 
 _TABLES: Mapping[str, Callable[[Any], str]] = {
@@ -330,6 +346,7 @@ _TABLES: Mapping[str, Callable[[Any], str]] = {
     "left-out": _left_out_table,
     "composition": _composition_table,
     "intents": _intents_table,
+    "strategies": _strategies_table,
 }
 
 

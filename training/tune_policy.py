@@ -2,18 +2,21 @@
 
 Every candidate is played on the train split with estimates by routers that had not seen the queries (cross-fitting),
 choosing with the policy itself, its constraints included: `single` over a range of what a right answer is worth, and
-`cascade` over steps, chains of a cheap expert before the best single one, and acceptance thresholds. The cheapest that
+`cascade` over steps, chains of two of the best experts, and acceptance thresholds. The cheapest that
 keeps the target wins, and is measured once on the test split, which nothing was chosen on. Strategies whose answer is
 none of the experts' own (`vote`, `mixture_of_agents`, `self_moa`) cannot be played from a table.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from routers.contracts import Candidate, Decision, Estimates, Observations, Query
 from routers.errors import NoExpertError, ObservationError
@@ -29,11 +32,15 @@ from training.observations import Table
 
 OnStep = Callable[[str, int, int], None]
 
+STRATEGIES = ("single", "cascade")
+"""Those that can be played from a table."""
+
 _FOLDS = 4
 _WORTHS = tuple(float(f"{worth:.3g}") for worth in np.geomspace(1e-6, 1.0, 25))
 """USD that a right answer may be worth."""
 _THRESHOLDS = (*(round(0.05 * step, 2) for step in range(1, 20)), 0.97, 0.99)
 _STEPS = (2, 3)
+_CHAINED = 5  # of the experts of the best means, any two make a chain, the cheaper one first
 _ONE = {"steps": 1}  # `single` is a cascade of one step
 _NOBODY = (0.0, 0.0, 0)
 _RESAMPLES = 1000
@@ -70,11 +77,42 @@ class Tuned:
     share_of_cost: float
     calls: float
 
+    def __str__(self) -> str:
+        kept = "kept" if self.kept else "NOT kept: this is the best there is"
+        return (
+            f"Target {self.train_target:.3f} {kept} on train ({self.train_quality:.3f}). On test: quality "
+            f"{self.quality.value:.3f} against {self.best_quality.value:.3f} of {self.best_single}, at "
+            f"{self.share_of_cost:.0%} of its cost."
+        )
+
+
+def policy_text(tuned: Tuned, path: Path) -> str:
+    """The tuned policy as YAML for the file `path`, whose name it takes, with a comment that says what it did."""
+    policy = tuned.policy.model_copy(update={"name": path.stem})
+    fields = policy.model_dump(mode="json", exclude_defaults=True)
+    if artefact := policy.router.artefact:
+        fields["router"]["artefact"] = os.path.relpath(artefact, path.resolve().parent)
+    return f"# {tuned}\n{yaml.safe_dump(fields, sort_keys=False)}"
+
+
+def to_json(tuned: Tuned) -> dict[str, Any]:
+    """Policy and figures."""
+    return {**asdict(tuned), "policy": tuned.policy.model_dump(mode="json", exclude_defaults=True)}
+
 
 def tune_policy(
-    policy: Policy, table: Table, target: Target, *, seed: int = 0, on_step: OnStep = lambda step, done, total: None
+    policy: Policy,
+    table: Table,
+    target: Target,
+    *,
+    strategies: Sequence[str] = STRATEGIES,
+    seed: int = 0,
+    on_step: OnStep = lambda step, done, total: None,
 ) -> Tuned:
-    """The cheapest way to `target` for `policy`'s router. Raises `ObservationError` and `RouterConfigError`."""
+    """The cheapest way to `target` for `policy`'s router, by one of `strategies`.
+
+    Raises `ObservationError` and `RouterConfigError`.
+    """
     if len(table.train) < 2 * _FOLDS or not len(table.test):
         raise ObservationError("to tune a policy, a table needs rows of both splits, and some dozens to train on")
     options = dict(policy.router.options)
@@ -82,7 +120,8 @@ def tune_policy(
     acceptance = fit_acceptance(table.train, estimated.quality)
     best = int(column_means(table.train.quality).argmax())
     goal = target.quality or float(column_means(table.train.quality)[best]) - (target.within or 0.0)
-    candidates = list(_candidates(policy, table.train, best, acceptance))
+    every = _candidates(policy, table.train, acceptance)
+    candidates = [candidate for candidate in every if candidate.strategy.name in strategies]
     decided: dict[Objective, list[Decision | None]] = {}
     played = []
     for number, candidate in enumerate(candidates):
@@ -146,13 +185,13 @@ def _play_row(
     return quality, cost, calls
 
 
-def _candidates(policy: Policy, train: Observations, best: int, acceptance: Acceptance) -> Iterator[Policy]:
+def _candidates(policy: Policy, train: Observations, acceptance: Acceptance) -> Iterator[Policy]:
     objectives = [Objective(quality=worth, cost=1, latency=policy.objective.latency) for worth in _WORTHS]
     for objective in objectives:
         yield _with(policy, objective, StrategyChoice(name="single"))
-    cards = train.cards
-    costs = column_means(train.cost_usd)
-    chains = [(card.name, cards[best].name) for e, card in enumerate(cards) if costs[e] < costs[best]]
+    names, costs = [card.name for card in train.cards], column_means(train.cost_usd)
+    able = column_means(train.quality).argsort()[::-1][:_CHAINED].tolist()
+    chains = [(names[a], names[b]) for a in able for b in able if costs[a] < costs[b]]
     shapes: list[tuple[Objective, dict[str, Any]]] = [(policy.objective, {"experts": list(chain)}) for chain in chains]
     shapes += [(objective, {"steps": steps}) for objective in objectives[::3] for steps in _STEPS]
     for objective, shape in shapes:

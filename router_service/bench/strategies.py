@@ -38,7 +38,7 @@ def measure_strategies(
 ) -> dict[str, Any]:
     """Every model (a policy or an expert) on `one` one-skill and `two` two-skill questions.
 
-    `against` is the model whose accuracy the others are compared with, by the paired bootstrap over the questions.
+    Differences in accuracy are by the paired bootstrap over the questions, shares of cost are of the model `against`'s.
     """
     folder.mkdir(parents=True, exist_ok=True)
     questions = [
@@ -53,7 +53,10 @@ def measure_strategies(
         "seed": seed,
         "against": against,
         "models": {
-            model: _figures(questions, answers[model], right[model], right[against], answers[against])
+            model: {
+                **_figures(questions, answers[model], right[model], answers[against]),
+                "difference": {other: _difference(right[model], right[other]) for other in models if other != model},
+            }
             for model in models
         },
     }
@@ -109,7 +112,6 @@ def _figures(
     questions: Sequence[Mapping[str, Any]],
     answers: Sequence[Record],
     right: Sequence[bool],
-    against: Sequence[bool],
     other: Sequence[Record],
 ) -> dict[str, Any]:
     verdicts = np.array(right, np.float64)
@@ -120,13 +122,16 @@ def _figures(
         "right": _interval(verdicts),
         "right_one_skill": float(verdicts[kinds == "one"].mean()) if (kinds == "one").any() else None,
         "right_two_skills": float(verdicts[kinds == "two"].mean()) if (kinds == "two").any() else None,
-        "difference": _interval(verdicts - np.array(against, np.float64)),
         "cost_usd_per_1k": 1000 * float(cost.mean()),
         "share_of_cost": float(cost.sum() / sum(answer["cost_usd"] for answer in other)),
         "calls": float(np.mean([answer["calls"] for answer in answers])),
         "latency_s_p50": float(np.percentile(latency, 50)),
         "latency_s_p95": float(np.percentile(latency, 95)),
     }
+
+
+def _difference(right: Sequence[bool], other: Sequence[bool]) -> dict[str, float]:
+    return _interval(np.array(right, np.float64) - np.array(other, np.float64))
 
 
 def _interval(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float]:

@@ -47,6 +47,39 @@ def first_token(
 
 
 @app.command()
+def kernels(
+    dims: Annotated[list[int], typer.Option("--dim", min=1, help="Widths of the layer.")] = [1024, 4096],  # noqa: B006
+    ranks: Annotated[list[str], typer.Option("--rank", help='Ranks, or "mixed".')] = ["8", "16", "64", "mixed"],  # noqa: B006
+    experts: Annotated[list[int], typer.Option(min=1, help="Numbers of adapters.")] = [8, 64, 256, 1024],  # noqa: B006
+    tokens: Annotated[list[int], typer.Option(min=0, help="Numbers of tokens.")] = [1, 8, 32, 256],  # noqa: B006
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0, help="Of measuring for each way and shape.")] = 0.2,
+    memory_gib: Annotated[float, typer.Option(min=0, help="Leave out what would need more.")] = 4.0,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file that the records go to; shapes in it from before are kept.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG or SVG file of the figures in --out.")] = None,
+) -> None:
+    """The mixture kernel beside the ways that are usual: a loop, gather and bmm, PEFT's Arrow, one dense product.
+
+    Every option that lists shapes can be given several times.
+
+    Example: router-service bench kernels --dim 4096 --rank 16 --out kernels.json --plot kernels.png
+    """
+    from router_service.bench.kernels import Shapes, measure_kernels
+    from router_service.cli.progress import steps
+
+    shapes = Shapes(tuple(dims), tuple(ranks), tuple(experts), tuple(tokens), dtype, device, threads)
+    with steps() as on_progress:
+        results = measure_kernels(
+            shapes, seconds=seconds, memory_gib=memory_gib, out=out, plot=plot, on_progress=on_progress
+        )
+    write_json(results if out is None else results["summary"])
+
+
+@app.command()
 def routing(
     url: Annotated[
         str | None, typer.Option(envvar="ROUTER_URL", help="A running service; by default one is started.")
@@ -76,11 +109,10 @@ def strategies(
     work: Annotated[Path, typer.Option(file_okay=False, help="Folder for answers; a run that was stopped goes on.")],
     policies: Annotated[Path | None, typer.Option(exists=True, file_okay=False, help="Policies to measure.")] = None,
     models: Annotated[
-        list[str] | None, typer.Option("--model", help="A policy or an expert. Give it again for more.  [all policies]")
+        list[str] | None,
+        typer.Option("--model", help="A policy or an expert. Give it again for more.  [all policies, pocket-base]"),
     ] = None,
-    against: Annotated[str, typer.Option(help="The expert or policy that the others are compared with.")] = (
-        "pocket-generalist"
-    ),
+    against: Annotated[str, typer.Option(help="The expert or policy whose cost is 1.")] = ("pocket-generalist"),
     one: Annotated[int, typer.Option(min=1, help="One-skill questions.")] = 800,
     two: Annotated[int, typer.Option(min=0, help="Two-skill questions.")] = 200,
     seed: Annotated[int, typer.Option(help="Seed of the questions.")] = 1,
@@ -98,7 +130,7 @@ def strategies(
     from routers.policy import load_policies
 
     folder = (policies or SHIPPED_POLICIES).resolve()
-    asked = list(models or [f"auto:{name}" for name in load_policies(folder)])
+    asked = list(models or [*(f"auto:{name}" for name in load_policies(folder)), "pocket-base"])
     asked += [] if against in asked else [against]
     options = ("--policies", str(folder), *(("--no-ray",) if no_ray else ()))
     with tempfile.TemporaryDirectory(prefix="bench-") as data, service(Path(data), options=options) as running:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from router_service.cli.client import Url, checked, connect
-from router_service.cli.console import errors, out, write_json
+from router_service.cli.console import CommandError, errors, out, write_json
 
 if TYPE_CHECKING:
     from training.tune_policy import Tuned
@@ -78,6 +77,7 @@ def tune(
         float | None, typer.Option(min=0, max=1, help="Keep the best single expert's quality less this.  [.01]")
     ] = None,
     quality: Annotated[float | None, typer.Option(min=0, max=1, help="Or keep this quality.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="Try this strategy alone: single or cascade.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Policy and figures as JSON.")] = False,
 ) -> None:
     """Find the cheapest strategy and thresholds that keep a quality target, on what your experts were observed to do.
@@ -95,55 +95,39 @@ def tune(
     from router_service.cli.progress import steps
     from routers.policy import Target, load_policy
     from training.observations import load_table
-    from training.tune_policy import tune_policy
+    from training.tune_policy import STRATEGIES, policy_text, to_json, tune_policy
+
+    if strategy and strategy not in STRATEGIES:
+        raise CommandError(f"--strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}", status=2)
 
     started = load_policy(policy)
     given = Target(within=within, quality=quality) if (within, quality) != (None, None) else None
     with steps() as on_step:
         target = given or started.target or Target(within=0.01)
-        tuned = tune_policy(started, load_table(observations), target, on_step=on_step)
+        tuned = tune_policy(
+            started,
+            load_table(observations),
+            target,
+            strategies=(strategy,) if strategy else STRATEGIES,
+            on_step=on_step,
+        )
     if written:
+        written.parent.mkdir(parents=True, exist_ok=True)
         written.write_text(policy_text(tuned, written), "utf-8")
     if as_json:
-        write_json(tuned_to_json(tuned))
+        write_json(to_json(tuned))
     else:
         _show_tuned(tuned)
     if written:
         errors.print(f"Written: {written}", markup=False, highlight=False)
 
 
-def policy_text(tuned: Tuned, path: Path) -> str:
-    """The tuned policy as YAML for `path`, with a comment that says what it did on the test split."""
-    import os
-
-    policy = tuned.policy.model_copy(update={"name": path.stem})
-    fields = policy.model_dump(mode="json", exclude_defaults=True)
-    if artefact := policy.router.artefact:
-        fields["router"]["artefact"] = os.path.relpath(artefact, path.resolve().parent)
-    return f"# {_in_words(tuned)}\n{yaml.safe_dump(fields, sort_keys=False)}"
-
-
-def tuned_to_json(tuned: Tuned) -> dict[str, Any]:
-    """Policy and figures."""
-    from dataclasses import asdict
-
-    return {**asdict(tuned), "policy": tuned.policy.model_dump(mode="json", exclude_defaults=True)}
-
-
-def _in_words(tuned: Tuned) -> str:
-    kept = "kept" if tuned.kept else "NOT kept: this is the best there is"
-    return (
-        f"Target {tuned.train_target:.3f} {kept} on train ({tuned.train_quality:.3f}). On test: quality "
-        f"{tuned.quality.value:.3f} against {tuned.best_quality.value:.3f} of {tuned.best_single}, at "
-        f"{tuned.share_of_cost:.0%} of its cost."
-    )
-
-
 def _show_tuned(tuned: Tuned) -> None:
+    import yaml
     from rich.table import Table
 
     strategy, objective = tuned.policy.strategy, tuned.policy.objective
-    out.print(f"{strategy.name}, {tuned.tried} candidates tried. {_in_words(tuned)}", soft_wrap=True)
+    out.print(f"{strategy.name}, {tuned.tried} candidates tried. {tuned}", soft_wrap=True)
     out.print(f"objective: {{quality: {objective.quality:g}, cost: {objective.cost:g}}}")
     if strategy.options:
         out.print(yaml.safe_dump({"options": dict(strategy.options)}, sort_keys=False), highlight=False)

@@ -128,7 +128,8 @@ class Exchange:
         if self._service.ledger.full:
             raise UnavailableError("usage cannot be recorded now", retry_after_s=1.0)
         query = self.query
-        output = _ASSUMED_OUTPUT if query.max_output_tokens is None else query.max_output_tokens
+        bound = _ASSUMED_OUTPUT if query.max_output_tokens is None else query.max_output_tokens
+        output = bound * query.choices
         usage = Usage(input_tokens=query.input_tokens, output_tokens=output)
         cards = self.plan.cards if self.plan else [self._service.cards[cast("str", self.expert)]]
         return await self._service.admission.admit(
@@ -208,8 +209,7 @@ class Exchange:
         charges = self.reservation.settle(tokens=trace.tokens, cost_usd=trace.cost_usd)
         service.ledger.record(LEDGER, entry, charges)
         service.metrics.count_answer(trace)
-        if any(call.error for call in trace.calls):
-            service.health.suspect()
+        service.health.suspect(call.expert for call in trace.calls if call.outcome == "error")
         if trace.status == 200:
             self._remember()
 

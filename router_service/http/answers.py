@@ -28,8 +28,8 @@ _GRACE_S = 0.5
 async def answer(service: Service, connection: Connection, endpoint: Endpoint) -> None:
     """Answer one question."""
     key = service.admission.authenticate(connection.header(b"authorization"))
+    body = await connection.read_object(service.settings.max_body_bytes)  # who sends slowly takes nobody's place
     with service.gate:
-        body = await connection.read_object(service.settings.max_body_bytes)
         options = take_options(body, connection)
         check_body(body)
         answer_id = _ID_PREFIX[endpoint] + uuid.uuid4().hex

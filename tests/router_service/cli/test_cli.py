@@ -29,9 +29,13 @@ def test_nothing_heavy_is_imported_for_help() -> None:
         ("experts", "check"),
         ("policies",),
         ("policies", "check"),
+        ("policies", "tune"),
+        ("train", "categories"),
+        ("train", "table"),
         ("bench", "proxy"),
         ("bench", "first-token"),
         ("bench", "routing"),
+        ("bench", "strategies"),
     ],
 )
 def test_every_command_has_help_with_an_example(command: tuple[str, ...]) -> None:
