@@ -54,19 +54,26 @@ def scaled_fleet(second: Running, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="module")
-def experts(cluster: None, scaled_fleet: Path) -> Iterator[dict[str, HandleExpert]]:
-    """The fleet's groups beside those that the cluster has, called as the ingress calls them."""
+def deployed(cluster: None, scaled_fleet: Path) -> Iterator[Fleet]:
+    """The fleet, deployed beside the groups that the cluster has."""
     from ray import serve
 
-    from router_service.serve.applications import ExpertsArgs, experts, experts_app, handle_experts
+    from router_service.serve.applications import ExpertsArgs, experts, experts_app
 
-    fleet: Fleet = load_fleet(scaled_fleet)
-    names = [group.name for group in fleet.groups]
-    args = {name: ExpertsArgs(fleet=scaled_fleet, group=name) for name in names}
-    serve.run_many([serve.RunTarget(experts(args[name]), experts_app(name), None) for name in names])
-    yield {name: expert for group in fleet.groups for name, expert in handle_experts(group).items()}
-    for name in names:
-        serve.delete(experts_app(name))
+    fleet = load_fleet(scaled_fleet)
+    args = {experts_app(group.name): ExpertsArgs(fleet=scaled_fleet, group=group.name) for group in fleet.groups}
+    serve.run_many([serve.RunTarget(experts(each), name, None) for name, each in args.items()])
+    yield fleet
+    for name in args:
+        serve.delete(name)
+
+
+@pytest.fixture(scope="module")
+async def experts(deployed: Fleet) -> dict[str, HandleExpert]:
+    """Its experts, called as the ingress calls them."""
+    from router_service.serve.applications import handle_experts
+
+    return {name: expert for group in deployed.groups for name, expert in handle_experts(group).items()}
 
 
 def running(group: str) -> int:
