@@ -65,7 +65,7 @@ def deployed(cluster: None, scaled_fleet: Path) -> Iterator[Fleet]:
     serve.run_many([serve.RunTarget(experts(each), name, None) for name, each in args.items()])
     yield fleet
     for name in args:
-        serve.delete(name)
+        serve.delete(name, _blocking=False)
 
 
 @pytest.fixture(scope="module")
