@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 
 from router_service.cli.client import Url, checked, connect
 from router_service.cli.console import errors, out, write_json
@@ -116,6 +115,8 @@ def policy_text(tuned: Tuned, path: Path) -> str:
     """The tuned policy as YAML for `path`, with a comment that says what it did on the test split."""
     import os
 
+    import yaml
+
     policy = tuned.policy.model_copy(update={"name": path.stem})
     fields = policy.model_dump(mode="json", exclude_defaults=True)
     if artefact := policy.router.artefact:
@@ -140,6 +141,7 @@ def _in_words(tuned: Tuned) -> str:
 
 
 def _show_tuned(tuned: Tuned) -> None:
+    import yaml
     from rich.table import Table
 
     strategy, objective = tuned.policy.strategy, tuned.policy.objective
