@@ -90,7 +90,8 @@ class RemoteSource(_Model):
 
     The key is read from the environment variable `api_key_env`; it is sent as `Authorization: Bearer <key>`, or bare in
     `api_key_header` if that is another header. `timeout_s` bounds a call with its retries. `task` says which endpoints
-    the model has. `stream_usage` is false for the rare server that refuses `stream_options`.
+    the model has. `stream_usage` is false for the rare server that refuses `stream_options`. `health_path`, after
+    `base_url`, is asked with the key whether the API is well; `None` asks nothing and counts it as up.
     """
 
     base_url: HttpUrl
@@ -103,14 +104,21 @@ class RemoteSource(_Model):
     max_retries: int = Field(default=2, ge=0, le=10)
     task: Literal["generation", "embedding"] = "generation"
     stream_usage: bool = True
+    health_path: str | None = Field(default="/models", pattern=r"^/[^\s?#]*$")
 
 
 class Autoscaling(_Model):
-    """Between `min` and `max` replicas, so that each has about `target` requests under way."""
+    """Between `min` and `max` replicas, so that each has about `target` requests under way.
+
+    A replica is added when there were too few of them for `upscale_delay_s` seconds, and taken away when there were too
+    many for `downscale_delay_s`. A request that finds none at all starts one at once.
+    """
 
     min: int = Field(default=1, ge=0)
     max: int = Field(ge=1)
     target: float = Field(default=4.0, gt=0, allow_inf_nan=False)
+    upscale_delay_s: float = Field(default=30.0, ge=0, allow_inf_nan=False)
+    downscale_delay_s: float = Field(default=600.0, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -130,6 +138,13 @@ class Resources(_Model):
     replicas: int | None = Field(default=None, ge=1)
     autoscaling: Autoscaling | None = None
     max_ongoing_requests: int = Field(default=64, ge=1)
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """How few and how many replicas there may be."""
+        if self.autoscaling:
+            return self.autoscaling.min, self.autoscaling.max
+        return (self.replicas or 1,) * 2
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -67,7 +67,7 @@ class RemoteExpert:
         self._headers = httpx.Headers(_headers(entry.remote, self._key))
         base = str(entry.remote.base_url).rstrip("/")
         self._urls = {path: httpx.URL(f"{base}/{path}") for path in ("chat/completions", "completions", "embeddings")}
-        self._health_url = httpx.URL(f"{base}/models")
+        self._health_url = httpx.URL(f"{base}{path}") if (path := entry.remote.health_path) else None
         self._timeouts = {"connect": entry.remote.connect_timeout_s, "read": None}
 
     async def generate(self, request: ExpertRequest) -> AsyncIterator[Part]:
@@ -95,7 +95,12 @@ class RemoteExpert:
             await response.aclose()
 
     async def healthy(self) -> bool:
-        """Whether the API lists its models with our key; any other answer than a refusal or a 5xx is well enough."""
+        """Whether `health_path` answers to our key; any other answer than a refusal or a 5xx is well enough.
+
+        An API without a `health_path` counts as well: its failures show when it is called.
+        """
+        if self._health_url is None:
+            return True
         request = httpx.Request("GET", self._health_url, headers=self._headers, extensions={"timeout": self._timeouts})
         try:
             async with asyncio.timeout(_HEALTH_TIMEOUT_S):

@@ -59,8 +59,6 @@ def _memory(root: int) -> Counter[str]:
     for process in descendants(root):
         words = title_of(process).split()
         if words:
-            name = next(
-                (Path(word).name for word in words if not word.startswith("-") and "python" not in word), words[0]
-            )
-            memory[name] += pss_bytes(process) >> 20
+            name = next((word for word in words if not word.startswith("-") and "python" not in word), words[0])
+            memory[Path(name).name] += pss_bytes(process) >> 20
     return memory

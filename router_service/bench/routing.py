@@ -20,13 +20,13 @@ _COST = "x-router-cost-usd"
 def measure_routing(url: str, *, seed: int, n: int, kind: str, connections: int, alone: bool) -> dict[str, Any]:
     """Share right and cost in USD of `auto` on `n` held-out questions; with `alone`, of each expert by itself too."""
     questions = pocket("sample", "--seed", str(seed), "--n", str(n), "--kind", kind)
-    auto = _ask(url, "auto", questions, connections)
+    auto = ask_pocket(url, "auto", questions, connections=connections)
     result: dict[str, Any] = {"questions": len(questions), "seed": seed, "kind": kind, "auto": auto}
     if not alone:
         return result
     models = httpx.get(f"{url}/v1/models", trust_env=False).json()["data"]
     experts = [model["id"] for model in models if model.get("kind") == "expert"]
-    single = {expert: _ask(url, expert, questions, connections) for expert in experts}
+    single = {expert: ask_pocket(url, expert, questions, connections=connections) for expert in experts}
     best = max(single, key=lambda expert: single[expert]["right"])
     dearest = max(single, key=lambda expert: single[expert]["cost_usd"])
     return result | {
@@ -38,7 +38,8 @@ def measure_routing(url: str, *, seed: int, n: int, kind: str, connections: int,
     }
 
 
-def _ask(url: str, model: str, questions: Sequence[dict[str, Any]], connections: int) -> dict[str, Any]:
+def ask_pocket(url: str, model: str, questions: Sequence[dict[str, Any]], *, connections: int) -> dict[str, Any]:
+    """Share right, for each skill too, and cost in USD of a model on questions that `pocket` has sampled."""
     bodies = [
         {
             "model": model,

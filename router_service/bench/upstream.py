@@ -8,6 +8,8 @@ The model's name says how it behaves:
     dying    closes the connection in the middle of its answer
     broken   answers 500
 
+Embeddings are answered at once, whatever the model's name.
+
 `GET /stats` counts requests begun, completed and abandoned for each model.
 """
 
@@ -25,6 +27,7 @@ SLOW_S = 3.0
 WORDS = ("The", " answer", " is", " 42", ".")
 _ENDLESS_PAUSE_S = 0.05
 _MAX_BODY = 64 << 20
+_VECTOR = [0.6, -0.8]
 _USAGE = {"prompt_tokens": 12, "completion_tokens": len(WORDS), "total_tokens": 12 + len(WORDS)}
 
 
@@ -38,6 +41,7 @@ class Upstream:
         """The aiohttp application."""
         application = web.Application(client_max_size=_MAX_BODY)
         application.router.add_post("/v1/chat/completions", self.chat)
+        application.router.add_post("/v1/embeddings", self.embeddings)
         application.router.add_get("/v1/models", self.models)
         application.router.add_get("/stats", self.stats)
         return application
@@ -49,6 +53,15 @@ class Upstream:
     async def stats(self, request: web.Request) -> web.Response:
         """What was begun, completed and abandoned."""
         return _json(self._counts)
+
+    async def embeddings(self, request: web.Request) -> web.Response:
+        """The same vector for each text."""
+        body = orjson.loads(await request.read())
+        texts = body["input"] if isinstance(body["input"], list) else [body["input"]]
+        self._counts[body["model"]].update(begun=1, completed=1)
+        data = [{"object": "embedding", "index": index, "embedding": _VECTOR} for index in range(len(texts))]
+        usage = {"prompt_tokens": len(texts), "total_tokens": len(texts)}
+        return _json({"object": "list", "model": body["model"], "data": data, "usage": usage})
 
     async def chat(self, request: web.Request) -> web.StreamResponse:
         """A chat completion, as the model's name wants it."""

@@ -46,13 +46,13 @@ def put_in_service(url: str | None, router: str, folder: Path, *, timeout_s: flo
     from routers.registry import load_router
 
     load_router(folder)
-    used = _status(url)["routers"]
+    used: dict[str, str] = _status(url)["routers"]
     if router not in used:
         raise CommandError(
             f"no policy of the service uses the router {router!r}; in use are {', '.join(used) or 'none'}"
         )
     promotion = asyncio.run(_point(router, folder))
-    _wait(url, router, promotion, timeout_s)
+    _wait(url, router, promotion, used[router], timeout_s)
 
 
 async def _point(router: str, folder: Path) -> dict[str, Any]:
@@ -63,7 +63,8 @@ async def _point(router: str, folder: Path) -> dict[str, Any]:
     return promotion.to_json()
 
 
-def _wait(url: str | None, router: str, promotion: dict[str, Any], timeout_s: float) -> None:
+def _wait(url: str | None, router: str, promotion: dict[str, Any], before: str, timeout_s: float) -> None:
+    """Until the service uses the promotion. What it said of the router `before` says nothing of this one."""
     deadline, confirmed = time.monotonic() + timeout_s, 0
     while confirmed < _CONFIRMATIONS:
         status = _status(url)
@@ -71,10 +72,10 @@ def _wait(url: str | None, router: str, promotion: dict[str, Any], timeout_s: fl
             confirmed += 1
             continue
         state, confirmed = status["routers"][router], 0
-        if state not in ("loaded", "loading"):
+        if state not in ("loaded", "loading", before):
             raise CommandError(f"the service keeps the router that it has: {state}")
         if time.monotonic() > deadline:
-            raise CommandError(f"the service has not taken {promotion['folder']} over within {timeout_s:g} s")
+            raise CommandError(f"the service has not taken {promotion['folder']} over within {timeout_s:g} s: {state}")
         time.sleep(_POLL_S)
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
 
     from router_service.http.application import Application as AsgiApplication
+    from router_service.serve.handle import HandleExpert
 
 INGRESS = "router"
 """The ingress's application."""
@@ -155,8 +156,14 @@ def _scale(resources: Resources) -> dict[str, Any]:
     scaling = resources.autoscaling
     if scaling is None:
         return {"num_replicas": resources.replicas or 1}
-    bounds = {"min_replicas": scaling.min, "max_replicas": scaling.max, "target_ongoing_requests": scaling.target}
-    return {"autoscaling_config": bounds}
+    config = {
+        "min_replicas": scaling.min,
+        "max_replicas": scaling.max,
+        "target_ongoing_requests": scaling.target,
+        "upscale_delay_s": scaling.upscale_delay_s,
+        "downscale_delay_s": scaling.downscale_delay_s,
+    }
+    return {"autoscaling_config": config}
 
 
 class _OneRequestId:
@@ -182,11 +189,12 @@ def _assemble(args: IngressArgs) -> AsgiApplication:
     fleet = load_fleet(args.fleet)
     built: dict[str, Expert] = dict(build_remotes(fleet.proxied))
     for group in fleet.groups:
-        built |= _handle_experts(group)
+        built |= handle_experts(group)
     return assemble(read_settings(), fleet, built, read_policies(args.policies, fleet))
 
 
-def _handle_experts(group: ExpertGroup) -> dict[str, Expert]:
+def handle_experts(group: ExpertGroup) -> dict[str, HandleExpert]:
+    """The experts of a deployed group, called over its handle."""
     from router_service.serve.handle import ACCEPT_TIMEOUT_S, HandleExpert
 
     scaling = group.resources.autoscaling

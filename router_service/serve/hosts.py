@@ -13,7 +13,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from experts.fleet import ExpertGroup, Fleet
+from experts.fleet import Fleet
 from router_service.errors import ServiceError, SettingsError
 from router_service.serve.environment import serve_environment, service_environment
 from router_service.settings import Settings
@@ -67,7 +67,7 @@ class ServeHost:
         import ray
 
         self._start_ray()
-        self._check_gpus(ray.cluster_resources().get("GPU", 0.0))
+        check_gpus(self._fleet, ray.cluster_resources().get("GPU", 0.0))
         try:
             self._deploy()
         except ray.exceptions.RayError as error:
@@ -133,18 +133,13 @@ class ServeHost:
             return {"logging_level": logging.WARNING}
         return {
             # CPUs are counted, not enforced: a small machine serves a fleet that asks for more, if slower.
-            "num_cpus": max(os.cpu_count() or 1, ceil(sum(_needs(group)[0] for group in self._fleet.groups))),
+            "num_cpus": max(os.cpu_count() or 1, most_cpus(self._fleet)),
             "include_dashboard": False,
             "object_store_memory": _OBJECT_STORE_BYTES,
             "log_to_driver": False,
             "logging_level": logging.WARNING,
             "_temp_dir": str(self.folder / "ray"),
         }
-
-    def _check_gpus(self, there: float) -> None:
-        needed = sum(_needs(group)[1] for group in self._fleet.groups)
-        if needed > there:
-            raise SettingsError(f"the fleet asks for {needed:g} GPUs, and the cluster has {there:g}")
 
     def _deploy(self) -> None:
         from ray import serve
@@ -210,11 +205,17 @@ class UvicornHost:
             self._thread.join()
 
 
-def _needs(group: ExpertGroup) -> tuple[float, float]:
-    """CPUs and GPUs that a group needs to be there at all."""
-    resources = group.resources
-    replicas = resources.autoscaling.min if resources.autoscaling else resources.replicas or 1
-    return replicas * resources.cpus, replicas * resources.gpus
+def most_cpus(fleet: Fleet) -> int:
+    """CPUs that a fleet asks for with every group at its most replicas."""
+    return ceil(sum(group.resources.bounds[1] * group.resources.cpus for group in fleet.groups))
+
+
+def check_gpus(fleet: Fleet, there: float) -> None:
+    """Raise `SettingsError` if `there` GPUs are too few for every group at its fewest replicas, or for one of any."""
+    asked = [group.resources for group in fleet.groups]
+    needed = max([sum(each.bounds[0] * each.gpus for each in asked), *(each.gpus for each in asked)])
+    if needed > there:
+        raise SettingsError(f"the fleet asks for {needed:g} GPUs, and the cluster has {there:g}")
 
 
 def _gist(error: Exception) -> str:

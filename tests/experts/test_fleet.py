@@ -14,13 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from experts.build import build_experts
 from experts.errors import ExpertConfigError
-from experts.expert import ExpertRequest
 from experts.fleet import POCKET_FLEET, Fleet, load_fleet
-from tests.experts.models import save_adapter, save_model
-
-REAL_FLEET = POCKET_FLEET.parent / "real.yaml"
 
 BASE = {"name": "base", "local": {"model": "./base"}}
 ADAPTER = {"name": "skill", "adapter": {"base": "base", "path": "./skill"}}
@@ -102,6 +97,7 @@ def _with(entry: dict[str, Any], **change: Any) -> dict[str, Any]:
             r"'far': remote\.headers: Authorization: keys come from the environment",
         ),
         ([_with(REMOTE, remote={**REMOTE["remote"], "api_key_env": "sk-123"})], r"remote\.api_key_env: "),
+        ([_with(REMOTE, remote={**REMOTE["remote"], "health_path": "models"})], r"remote\.health_path: "),
         ([5], "number 1: "),
     ],
 )
@@ -145,36 +141,3 @@ def test_the_pocket_fleet_prices_follow_size() -> None:
     specialists = [card.name for card in fleet.cards if card.kind == "adapter"]
     assert len(specialists) >= 8
     assert all(price["pocket-base"] < price[name] <= price["pocket-generalist"] / 3 for name in specialists)
-
-
-def test_the_fleet_of_real_models_is_valid() -> None:
-    fleet = load_fleet(REAL_FLEET)
-    assert {card.kind for card in fleet.cards} == {"local", "adapter", "remote", "embedding"}
-    assert [len(group.adapters) for group in fleet.groups] == [2]
-
-
-async def test_the_fleet_of_real_models_runs_on_a_tiny_model_of_its_architecture(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The shipped file with its hub names exchanged for folders, through the code that would load the real ones."""
-    data = yaml.safe_load(REAL_FLEET.read_text())
-    model = save_model(tmp_path / "qwen", "qwen2")
-    for i, entry in enumerate(data["experts"]):
-        if "local" in entry:
-            entry["local"]["model"] = str(model)
-        if "adapter" in entry:
-            entry["adapter"]["path"] = str(save_adapter(model, tmp_path / f"adapter-{i}", seed=i))
-        if "local" in entry or "adapter" in entry:
-            entry["context_length"] = 512
-        if key := entry.get("remote", {}).get("api_key_env"):
-            monkeypatch.setenv(key, "sk-test")
-    experts = build_experts(load_fleet(write(tmp_path, *data["experts"])))
-    body = {"messages": [{"role": "user", "content": "SELECT"}], "max_tokens": 8, "temperature": 0}
-    answers = set()
-    for name in ("qwen-0.5b", "qwen-0.5b-sql", "qwen-0.5b-support"):
-        request = ExpertRequest(id="r", endpoint="chat/completions", body=body)
-        [part] = [part async for part in experts[name].generate(request)]
-        answers.add(json.loads(part.data)["choices"][0]["message"]["content"])
-    assert len(answers) == 3
-    for expert in experts.values():
-        await expert.close()

@@ -234,6 +234,11 @@ async def test_health(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     assert await make().healthy()
     monkeypatch.setenv("UPSTREAM_KEY", "another")
     assert not await make().healthy()
+    assert await make(health_path="/elsewhere").healthy()  # 404: somebody is there, and refuses no key
+
+
+async def test_an_api_that_is_not_asked_counts_as_up(make: Make, upstream: Upstream) -> None:
+    assert await make(base_url="http://127.0.0.1:9/v1", health_path=None).healthy()
 
 
 @pytest.mark.parametrize("key", ["", "two\nlines"])

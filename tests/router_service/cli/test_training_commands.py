@@ -19,9 +19,9 @@ from router_service.cli.console import CommandError
 from router_service.cli.promote import put_in_service
 from routers.errors import RouterConfigError
 from routers.policy import RouterChoice
-from routers.registry import AnyRouter
+from routers.registry import AnyRouter, load_router
 from tests.router_service.fakes import FakeExpert, RedisProcess, card
-from tests.router_service.serving import Running, best_router, serving
+from tests.router_service.serving import Running, best_router, eventually, serving
 from training.collect import AskError
 from training.errors import CollectError
 from training.observations import load_table
@@ -158,6 +158,26 @@ async def test_promotion_waits_until_the_service_answers_from_the_artefact(
         await asyncio.to_thread(put_in_service, running.url, "best", tmp_path / "best", timeout_s=30)
         after = (await running.chat()).headers["x-router-expert"]
     assert (before, after) == ("first", "second")
+
+
+async def test_a_service_without_a_router_answers_by_name_and_takes_its_first_one_over(
+    redis_server: RedisProcess, tmp_path: Path
+) -> None:
+    def load(_: RouterChoice, promoted: Path | None) -> AnyRouter:
+        if promoted is None:
+            raise RouterConfigError("no artefact yet")
+        return load_router(promoted)
+
+    best_router("first", "first").save(tmp_path / "best")
+    async with serving(redis_server, FakeExpert("first"), load=load, ready=False) as running:
+
+        async def waits() -> bool:
+            return "no artefact yet" in await running.readiness()
+
+        await eventually(waits)
+        assert [(await running.chat(model)).status_code for model in ("first", "auto")] == [200, 503]
+        await asyncio.to_thread(put_in_service, running.url, "best", tmp_path / "best", timeout_s=30)
+        assert (await running.chat()).status_code == 200
 
 
 async def test_a_promotion_that_fails_says_why_and_changes_nothing(redis_server: RedisProcess, tmp_path: Path) -> None:
