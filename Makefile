@@ -28,6 +28,7 @@ $(READY): pyproject.toml $(TORCH)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --quiet -r $(TORCH)
 	@echo "==> Installing the service, its trainers and its tests"
+	@rm -rf *.egg-info  # what an older version left there would be found before the new one
 	@$(BIN)/python -m pip install --quiet -e '.[train,dev]'
 	@touch $@
 

@@ -19,12 +19,16 @@ def build_experts(fleet: Fleet) -> dict[str, Expert]:
 
 
 def build_group(group: ExpertGroup) -> dict[str, Expert]:
-    """The experts that are deployed together: a local model with its adapters, or a remote expert.
+    """The experts that are deployed together: a local model or an encoder with its adapters, or a remote expert.
 
     Loads and warms up the model, so it takes seconds or more. Raises `ExpertConfigError`.
     """
     if group.head.remote:
         return build_remotes([group.head])
+    if group.head.encoder:
+        from experts.embedding.expert import build_encoder
+
+        return build_encoder(group)
     from experts.local.expert import build_local
 
     return build_local(group)

@@ -2,6 +2,7 @@
 
 ExpertError
 ├── ExpertConfigError       the fleet file, a card or a folder of weights is wrong (raised before anything is served)
+│   └── MixingError         adapters, a gate or a request's mixture do not fit the model (raised before anything runs)
 ├── ExpertRequestError      the caller's request cannot be answered by this expert; carries OpenAI's error fields
 ├── ExpertUnavailableError  the expert cannot answer now: connection, overload, crash; another expert may
 └── ExpertTimeoutError      the expert did not answer in time; another expert may
@@ -16,6 +17,10 @@ class ExpertError(Exception):
 
 class ExpertConfigError(ExpertError):
     """A fleet file, a card or a folder of weights is wrong."""
+
+
+class MixingError(ExpertConfigError):
+    """Adapters, a gate or a request's mixture do not fit the model."""
 
 
 class ExpertRequestError(ExpertError):

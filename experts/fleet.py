@@ -9,6 +9,10 @@
         adapter: {base: pocket-base, path: ../../experts/pocket/adapters/dates}
       - name: gpt
         remote: {base_url: https://api.openai.com/v1, model: gpt-4.1-mini, api_key_env: OPENAI_API_KEY}
+      - name: search
+        encoder: {model: sentence-transformers/all-MiniLM-L6-v2}
+      - name: search-medicine             # an adapter on an encoder makes embeddings, as its base does
+        adapter: {base: search, path: ../../retriever/adapters/medicine}
 
 A folder is written with a leading `.`, `/` or `~` and is relative to the fleet file; anything else is a hub name.
 """
@@ -28,6 +32,10 @@ from experts.errors import ExpertConfigError
 POCKET_FLEET = Path(__file__).resolve().parent.parent / "deploy" / "fleets" / "pocket.yaml"
 """The fleet that ships with the project."""
 
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+"""The encoder used where none is named; a dependency of this project carries it."""
+
+_SOURCES = ("local", "encoder", "adapter", "remote")
 _SECRET_HEADERS = {"authorization", "api-key", "x-api-key", "proxy-authorization", "cookie"}
 
 
@@ -56,8 +64,21 @@ class LocalSource(_Model):
     max_queue: int = Field(default=64, ge=0)
 
 
+class EncoderSource(_Model):
+    """A text encoder in sentence-transformers' layout, from a folder or the hub: it and its adapters make embeddings.
+
+    Texts are cut to `max_tokens`; `pooling` is what the model was trained with. Texts beyond `max_queue` that would
+    wait make the expert unavailable.
+    """
+
+    model: str = Field(default=DEFAULT_MODEL, min_length=1)
+    max_tokens: int = Field(default=256, ge=8)
+    pooling: Literal["mean", "cls"] = "mean"
+    max_queue: int = Field(default=8192, ge=1)
+
+
 class AdapterSource(_Model):
-    """A PEFT adapter (folder or hub name) on the model of the local entry named `base`."""
+    """A PEFT adapter (folder or hub name) on the model of the local entry, or of the encoder, named `base`."""
 
     base: str = Field(min_length=1)
     path: str = Field(min_length=1)
@@ -120,9 +141,10 @@ class Resources(_Model):
 
 
 class FleetEntry(ExpertCard):
-    """An expert's card with its one source (`local`, `adapter` or `remote`) and what its deployment needs."""
+    """An expert's card with its one source (`local`, `encoder`, `adapter`, `remote`) and what its deployment needs."""
 
     local: LocalSource | None = None
+    encoder: EncoderSource | None = None
     adapter: AdapterSource | None = None
     remote: RemoteSource | None = None
     resources: Resources | None = None
@@ -132,13 +154,14 @@ class FleetEntry(ExpertCard):
     def _derive_kind(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        sources = [name for name in ("local", "adapter", "remote") if data.get(name) is not None]
+        sources = [name for name in _SOURCES if data.get(name) is not None]
         if len(sources) != 1:
-            raise ValueError(f"needs exactly one of local, adapter, remote; has {' and '.join(sources) or 'none'}")
+            raise ValueError(f"needs exactly one of {', '.join(_SOURCES)}; has {' and '.join(sources) or 'none'}")
         kind = _kind(sources[0], data[sources[0]])
-        if data.get("kind", kind) != kind:
+        said = data.get("kind", kind)
+        if said != kind and (sources[0], said) != ("adapter", "embedding"):
             raise ValueError(f"kind {data['kind']!r} contradicts its source ({kind}): leave it out")
-        return {**data, "kind": kind}
+        return {**data, "kind": said}
 
     @model_validator(mode="after")
     def _adapter_shares_resources(self) -> Self:
@@ -159,7 +182,7 @@ class FleetEntry(ExpertCard):
 
 
 class ExpertGroup(_Model):
-    """What is deployed together: a local model with its adapters, or one remote expert that asked for resources."""
+    """What is deployed together: a model or encoder with its adapters, or a remote expert that asked for resources."""
 
     head: FleetEntry
     adapters: tuple[FleetEntry, ...] = ()
@@ -186,16 +209,29 @@ class Fleet(_Model):
     experts: tuple[FleetEntry, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
+    def _adapters_are_of_their_base(self) -> Self:
+        """An adapter's kind follows from its base, which the entry alone does not know."""
+        encoders = {entry.name for entry in self.experts if entry.encoder}
+        settled = [
+            entry.model_copy(update={"kind": "embedding" if entry.adapter.base in encoders else "adapter"})
+            if entry.adapter
+            else entry
+            for entry in self.experts
+        ]
+        object.__setattr__(self, "experts", tuple(settled))
+        return self
+
+    @model_validator(mode="after")
     def _consistent(self) -> Self:
         names = Counter(entry.name for entry in self.experts)
         if double := [name for name, count in names.items() if count > 1]:
             raise ValueError(f"expert {double[0]!r} is there {names[double[0]]} times: names must differ")
-        bases = {entry.name for entry in self.experts if entry.local}
+        bases = {entry.name for entry in self.experts if entry.local or entry.encoder}
         for entry in self.experts:
             if entry.adapter and entry.adapter.base not in bases:
                 known = ", ".join(map(repr, sorted(bases))) or "none"
                 raise ValueError(
-                    f"expert {entry.name!r}: base {entry.adapter.base!r} is no local expert; these are: {known}"
+                    f"expert {entry.name!r}: base {entry.adapter.base!r} is no model or encoder; there are: {known}"
                 )
         return self
 
@@ -206,13 +242,13 @@ class Fleet(_Model):
 
     @property
     def groups(self) -> tuple[ExpertGroup, ...]:
-        """What is deployed on its own: local models with their adapters, and remote experts that ask for resources."""
+        """What is deployed on its own: models and encoders with adapters, remote experts that ask for resources."""
         return tuple(
             ExpertGroup(
                 head=entry, adapters=tuple(e for e in self.experts if e.adapter and e.adapter.base == entry.name)
             )
             for entry in self.experts
-            if entry.local or (entry.remote and entry.resources)
+            if entry.local or entry.encoder or (entry.remote and entry.resources)
         )
 
     @property
@@ -241,7 +277,8 @@ def _kind(source: str, value: Any) -> Kind:
     if source == "remote":
         task = value.task if isinstance(value, RemoteSource) else isinstance(value, dict) and value.get("task")
         return "embedding" if task == "embedding" else "remote"
-    return "local" if source == "local" else "adapter"
+    kinds: dict[str, Kind] = {"local": "local", "encoder": "embedding"}
+    return kinds.get(source, "adapter")
 
 
 def _resolved(entry: FleetEntry, folder: Path) -> FleetEntry:
@@ -249,6 +286,9 @@ def _resolved(entry: FleetEntry, folder: Path) -> FleetEntry:
     if entry.local:
         local = entry.local.model_copy(update={"model": _absolute(entry.local.model, folder)})
         return entry.model_copy(update={"local": local})
+    if entry.encoder:
+        encoder = entry.encoder.model_copy(update={"model": _absolute(entry.encoder.model, folder)})
+        return entry.model_copy(update={"encoder": encoder})
     if entry.adapter:
         adapter = entry.adapter.model_copy(update={"path": _absolute(entry.adapter.path, folder)})
         return entry.model_copy(update={"adapter": adapter})

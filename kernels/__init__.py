@@ -6,7 +6,8 @@
 
 from kernels.align import Alignment, align
 from kernels.errors import BackendError, KernelError, MixtureError
-from kernels.mixed import check_mixture, mixed_lora
+from kernels.mixed import mixed_lora
+from kernels.mixture import check_mixture
 from kernels.rankwise import expand_ranks, project_ranks
 from kernels.route import route
 from kernels.stack import AdapterStack

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kernels.mixture import Gradients, Mixture, Wanted
+from kernels.mixture import Gradients, Mixture, Wanted, check_mixture
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +101,8 @@ def forward(m: Mixture, save: bool) -> tuple[Tensor, Tensor]:
     """y of a mixture, and h where `save` asks for it."""
     h = m.empty_hidden()
     y = m.x.new_empty(m.tokens, m.B.shape[1])
-    _call("mixed_forward", m, h=h, y=y)
+    if _call("mixed_forward", m, h=h, y=y):
+        check_mixture(m.indices, m.weights, m.experts)
     return y, h
 
 
@@ -115,25 +116,28 @@ def backward(m: Mixture, dy: Tensor, h: Tensor, wanted: Wanted) -> Gradients:
     return Gradients(dx, dA, dB, dw)
 
 
-def _call(function: str, m: Mixture, **results: Tensor | None) -> None:
+def _call(function: str, m: Mixture, **results: Tensor | None) -> int:
+    """Status of the C function: 1 where an index or weight is none that it can take."""
     native = library()
     if native is None:
         raise RuntimeError("the C++ kernel is not available; choose the backend by kernels.dispatch")
-    tensors = {
-        "x": m.x.contiguous(),
-        "A": m.A.contiguous(),
-        "B": m.B.contiguous(),
-        "base": None if m.base is None else m.base.contiguous(),
-        "offsets": m.offsets,
-        "scales": m.scales.contiguous(),
-        "indices": m.indices.to(torch.int32).contiguous(),
-        "weights": m.weights.contiguous(),
-        **results,
-    }
+    given = (
+        m.x.contiguous(),
+        m.A.contiguous(),
+        m.B.contiguous(),
+        None if m.base is None else m.base.contiguous(),
+        m.offsets,
+        m.scales.contiguous(),
+        m.indices.to(torch.int32).contiguous(),
+        m.weights.contiguous(),
+    )
     widths = (ctypes.c_int64 * m.slices)(*m.widths)
-    sizes = (m.tokens, m.slots, m.experts, m.slices, m.A.shape[1], m.A.shape[2], m.B.shape[1], m.max_rank)
-    call = _Mixture(**{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None})
-    call.widths = ctypes.cast(widths, ctypes.c_void_p)
-    for name, size in zip(_SIZES, (*sizes, _DTYPES[m.x.dtype], torch.get_num_threads()), strict=True):
-        setattr(call, name, size)
-    getattr(native, function)(ctypes.byref(call))
+    rows, dim = m.A.shape[1:]
+    call = _Mixture(
+        *(None if t is None else t.data_ptr() for t in given),
+        ctypes.addressof(widths),
+        *(None if (t := results.get(name)) is None else t.data_ptr() for name in _RESULTS),
+        *(m.tokens, m.slots, m.experts, m.slices, rows, dim, m.B.shape[1], m.max_rank),
+        *(_DTYPES[m.x.dtype], torch.get_num_threads()),
+    )
+    return int(getattr(native, function)(ctypes.byref(call)))

@@ -8,6 +8,7 @@
 // number of threads and whatever else is in the batch. No dependency but the C++ library: it builds in seconds.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -15,9 +16,9 @@
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int64_t kScratchFloats = 512 * 1024;  // of one accumulator block: about an L2 cache
+constexpr int64_t kScratchFloats = 128 * 1024;  // of one accumulator block: a quarter of an L2 cache, beside the rows
 constexpr int64_t kMaxColumns = 4096;
-constexpr int64_t kMinColumns = 512;
+constexpr int64_t kMinColumns = 256;
 
 using Floats = float __attribute__((vector_size(64)));
 using Words = uint32_t __attribute__((vector_size(64)));
@@ -406,6 +407,12 @@ Matrices up(const Mixture& m) {
   return layout;
 }
 
+bool acceptable(const Mixture& m) {
+  for (int64_t p = 0; p < m.tokens * m.slots; ++p)
+    if (m.indices[p] < -1 || m.indices[p] >= m.experts || !std::isfinite(m.weights[p])) return false;
+  return true;
+}
+
 template <class T>
 void forward(const Mixture& m) {
   const Pairs pairs(m);
@@ -439,15 +446,20 @@ void backward(const Mixture& m) {
 
 extern "C" {
 
-void mixed_forward(const Mixture* m) {
+// Both return 1, and do nothing, where an index is out of range or a weight not finite.
+int mixed_forward(const Mixture* m) {
+  if (!acceptable(*m)) return 1;
   if (m->dtype == 0) forward<float>(*m);
   else if (m->dtype == 1) forward<BFloat16>(*m);
   else forward<Float16>(*m);
+  return 0;
 }
 
-void mixed_backward(const Mixture* m) {
+int mixed_backward(const Mixture* m) {
+  if (!acceptable(*m)) return 1;
   if (m->dtype == 0) backward<float>(*m);
   else if (m->dtype == 1) backward<BFloat16>(*m);
   else backward<Float16>(*m);
+  return 0;
 }
 }

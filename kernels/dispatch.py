@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 Backend = Literal["loop", "cpp", "grouped", "stacked", "triton"]
 _BACKENDS = get_args(Backend)
 
-# Measured on one thread of a Xeon with AVX-512 and AMX (docs/kernels.md): the dense product over all rows R wins while
-# they are at most so many times the k * r rows that a token needs.
+# Measured on one thread of a Xeon with AVX-512 and AMX (docs/kernels.md): the dense product over all adapters wins
+# while they are at most so many times the k that a token needs.
 _DENSE_RATIO = 1.5
 _DENSE_RATIO_AMX = 8.0
 _DENSE_TOKENS = 32
@@ -47,12 +47,11 @@ def _fastest(m: Mixture, gradients: bool) -> Backend:
         return "triton"
     if m.x.device.type != "cpu" or m.x.dtype == torch.float64:
         return "loop"
-    rows, used = m.A.shape[1], m.slots * m.max_rank
-    if not gradients and m.tokens >= _DENSE_TOKENS and rows <= _dense_ratio(m.x.dtype) * used:
+    if not gradients and m.tokens >= _DENSE_TOKENS and m.experts <= _dense_ratio(m.x.dtype) * m.slots:
         return "stacked"
     if cpu.supports(m.x.dtype) and cpu.library() is not None:
         return "cpp"
-    padding_is_small = m.experts * m.max_rank <= 2 * rows
+    padding_is_small = m.experts * m.max_rank <= 2 * m.A.shape[1]
     return "grouped" if m.tokens * m.slots >= _LOOP_PAIRS and padding_is_small and grouped.supports(m) else "loop"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.errors import MixtureError
-from kernels.mixture import Mixture, Wanted, accumulator
+from kernels.mixture import Mixture, Wanted, accumulator, check_mixture
 from kernels.stack import AdapterStack
 
 _MODULES = {"loop": "loop", "cpp": "cpu", "grouped": "grouped", "stacked": "stacked", "triton": "gpu"}
@@ -45,7 +45,8 @@ def mixed_lora(
     _check_shapes(x, stack, indices, weights, base)
     tensors = (x, stack.A, stack.B, weights)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    y, _ = _mixed_lora(
+    run = _mixed_lora if save or not _is_plain(x) else _forward
+    y, _ = run(
         x,
         stack.A,
         stack.B,
@@ -60,17 +61,6 @@ def mixed_lora(
         save,
     )
     return y
-
-
-def check_mixture(indices: Tensor, weights: Tensor, experts: int) -> None:
-    """Raise `MixtureError` unless all indices are in [-1, experts) and all weights finite. Waits for a GPU."""
-    if indices.numel() == 0:
-        return
-    low, high = torch.aminmax(indices)
-    if low < -1 or high >= experts:
-        raise MixtureError(f"indices must be in [-1, {experts}), got {int(low)} to {int(high)}")
-    if not torch.isfinite(weights).all():
-        raise MixtureError("weights must be finite, got NaN or infinity")
 
 
 def _check_shapes(x: Tensor, stack: AdapterStack, indices: Tensor, weights: Tensor, base: Tensor | None) -> None:
@@ -96,8 +86,16 @@ def _check_shapes(x: Tensor, stack: AdapterStack, indices: Tensor, weights: Tens
         raise MixtureError(f"all tensors must be on {x.device}, got {[str(t.device) for t in others]!r}")
 
 
-@torch.library.custom_op("router_kernels::mixed_lora", mutates_args=())
-def _mixed_lora(
+def _is_plain(x: Tensor) -> bool:
+    """Whether nothing traces or fakes this call: then the operator's way through torch's dispatcher,
+    which costs more than a small mixture itself, is left out."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return False
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack()
+    return not modes
+
+
+def _forward(
     x: Tensor,
     A: Tensor,
     B: Tensor,
@@ -115,10 +113,14 @@ def _mixed_lora(
     if m.tokens == 0 or m.slots == 0:
         y = x.new_zeros(m.tokens, B.shape[1]) if base is None else base.clone()
         return y, m.empty_hidden() if save else x.new_empty(0)
-    if x.device.type == "cpu" or os.environ.get("ROUTER_KERNELS_CHECK") == "1":
-        check_mixture(indices, weights, m.experts)
-    y, h = _backend(dispatch.choose(m, dispatch.forced(backend), gradients=False)).forward(m, save)
+    chosen = dispatch.choose(m, dispatch.forced(backend), gradients=False)
+    if chosen != "cpp" and (x.device.type == "cpu" or os.environ.get("ROUTER_KERNELS_CHECK") == "1"):
+        check_mixture(indices, weights, m.experts)  # the C++ kernel does that itself
+    y, h = _backend(chosen).forward(m, save)
     return y, h if save else x.new_empty(0)
+
+
+_mixed_lora = torch.library.custom_op("router_kernels::mixed_lora", _forward, mutates_args=())
 
 
 @_mixed_lora.register_fake

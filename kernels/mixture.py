@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.errors import MixtureError
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Mixture:
@@ -75,6 +77,17 @@ class Wanted(NamedTuple):
     A: bool
     B: bool
     weights: bool
+
+
+def check_mixture(indices: Tensor, weights: Tensor, experts: int) -> None:
+    """Raise `MixtureError` unless all indices are in [-1, experts) and all weights finite. Waits for a GPU."""
+    if indices.numel() == 0:
+        return
+    low, high = torch.aminmax(indices)
+    if low < -1 or high >= experts:
+        raise MixtureError(f"indices must be in [-1, {experts}), got {int(low)} to {int(high)}")
+    if not torch.isfinite(weights).all():
+        raise MixtureError("weights must be finite, got NaN or infinity")
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -33,7 +33,7 @@ def build_application(
     """
     if settings.redis_url is None:
         raise SettingsError("REDIS_URL is not set, and no embedded Redis was started")
-    if DEFAULT_POLICY not in policies:
+    if DEFAULT_POLICY not in policies and any(card.kind != "embedding" for card in cards):
         raise SettingsError(f"there is no policy {DEFAULT_POLICY!r}, which is the default")
     if missing := sorted({card.name for card in cards} ^ set(experts)):
         raise SettingsError(f"expert {missing[0]!r} has a card or an implementation, but not both")
@@ -43,7 +43,7 @@ def build_application(
     link = RedisLink(
         settings.redis_url.get_secret_value(), prefix=settings.redis_prefix, timeout_s=settings.redis_timeout_s
     )
-    plans = _plans(policies, [card for card in cards if card.kind != "embedding"], load, metrics)
+    plans = _plans(policies, cards, load, metrics)
     service = Service(settings, link, experts=experts, cards=cards, plans=plans, metrics=metrics)
     return Application(service)
 
@@ -51,12 +51,14 @@ def build_application(
 def _plans(
     policies: Mapping[str, Policy], cards: Sequence[ExpertCard], load: LoadRouter, metrics: Metrics
 ) -> dict[str, Plan]:
-    slots: list[tuple[RouterChoice, RouterSlot]] = []
+    slots: list[tuple[tuple[RouterChoice, str], RouterSlot]] = []
     plans = {}
     for name, policy in policies.items():
-        slot = next((slot for choice, slot in slots if choice == policy.router), None)
+        able = [card for card in cards if (card.kind == "embedding") == (policy.serves == "embeddings")]
+        wanted = (policy.router, policy.serves)
+        slot = next((slot for choice, slot in slots if choice == wanted), None)
         if slot is None:
-            slot = RouterSlot(policy.router, cards, load, metrics)
-            slots.append((policy.router, slot))
-        plans[name] = Plan(policy, slot, create_strategy(policy), cards)
+            slot = RouterSlot(policy.router, able, load, metrics)
+            slots.append((wanted, slot))
+        plans[name] = Plan(policy, slot, create_strategy(policy), able)
     return plans

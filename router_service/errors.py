@@ -12,6 +12,7 @@ ServiceError
     ├── NotFoundError              404  no such route
     │   └── ModelNotFoundError     404  no such expert or policy
     ├── MethodNotAllowedError      405
+    ├── SlowBodyError              408  the body did not come in time
     ├── BodyTooLargeError          413
     ├── RateLimitError             429  requests or tokens per minute
     ├── BudgetError                429  the key's or the policy's money is spent
@@ -139,6 +140,14 @@ class MethodNotAllowedError(RequestError):
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+
+class SlowBodyError(RequestError):
+    """The body did not come in time."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "body_timeout"
 
 
 class BodyTooLargeError(RequestError):

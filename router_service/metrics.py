@@ -74,7 +74,7 @@ class Metrics:
 
     def count_call(self, call: CallRecord) -> None:
         """Count one call of an expert."""
-        self._calls(call.expert, "error" if call.error else "ok").inc()
+        self._calls(call.expert, call.outcome).inc()
         self._call_seconds(call.expert).observe(call.latency_s)
         self._tokens(call.expert, "input").inc(call.usage.input_tokens)
         self._tokens(call.expert, "output").inc(call.usage.output_tokens)

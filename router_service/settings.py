@@ -17,6 +17,7 @@
 | `ROUTER_DATA_FOLDER` | data | the embedded Redis's files, and the spool of what Redis has not taken yet |
 | `ROUTER_LEDGER_TEXT` | false | whether the ledger keeps queries' text, which trains routers |
 | `ROUTER_LEDGER_MAX_ENTRIES` | 1000000 | the ledger's oldest entries beyond this many are dropped; 0 keeps all |
+| `ROUTER_INDEX` | none | folder of `router-service index`, which `POST /v1/search` searches |
 | `ROUTER_LOG_JSON` | false | log lines as JSON |
 """
 
@@ -71,6 +72,7 @@ class Settings(BaseModel):
     data_folder: Path = Path("data")
     ledger_text: bool = False
     ledger_max_entries: int = Field(default=1_000_000, ge=0)
+    index: Path | None = None
     log_json: bool = False
 
     @model_validator(mode="after")
@@ -104,6 +106,7 @@ _VARIABLES = {
     "ROUTER_DATA_FOLDER": "data_folder",
     "ROUTER_LEDGER_TEXT": "ledger_text",
     "ROUTER_LEDGER_MAX_ENTRIES": "ledger_max_entries",
+    "ROUTER_INDEX": "index",
     "ROUTER_LOG_JSON": "log_json",
 }
 

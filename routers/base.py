@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import ClassVar, Generic, Self, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from experts.cards import ExpertCard
@@ -145,7 +146,7 @@ class FittedRouter(ABC, Generic[ConfigT]):
         output_tokens = np.minimum(view.output_tokens(prediction.output_tokens), _limits(queries))
         return Estimates(
             quality=quality,
-            cost_usd=view.cost(_input_tokens(queries), output_tokens),
+            cost_usd=view.cost(_input_tokens(queries), output_tokens * _choices(queries)),
             latency_s=output_tokens * view.seconds_per_token,
             uncertainty=None if prediction.uncertainty is None else view.uncertainty(prediction.uncertainty),
         )
@@ -239,6 +240,22 @@ class FittedRouter(ABC, Generic[ConfigT]):
             tokens_per_char=shrunk_mean(table.input_tokens[:, 0] / chars, blank.tokens_per_char),
             seconds_per_token=shrunk_mean(speed, blank.seconds_per_token),
         )
+
+    def _append_expert(self, card: ExpertCard, row: Profile) -> None:
+        """Take `card`, of which a subclass knows as of those fitted on, in as the last of `self.cards`."""
+        fitted = self._require()
+        self._fitted = _Fitted(
+            (*fitted.cards, card),
+            fitted.profile.joined(row),
+            fitted.prior.joined(card, self._descriptions([card])),
+        )
+        self._views = {}
+
+    def _keep_experts(self, keep: npt.NDArray[np.intp]) -> None:
+        """Go on with the experts at `keep` alone."""
+        fitted = self._require()
+        self._fitted = _Fitted(tuple(fitted.cards[i] for i in keep), fitted.profile.at(keep), fitted.prior.at(keep))
+        self._views = {}
 
     def _view(self, cards: Sequence[ExpertCard]) -> _View:
         """What is the same for every query to `cards`; kept, since a service asks for the same cards every time."""
@@ -341,6 +358,11 @@ class _View:
 def _input_tokens(queries: Sequence[Query]) -> FloatArray:
     """Tokens at 4 characters each, [B, 1]."""
     return np.array([[q.input_tokens or len(q.text) / _CHARS_PER_TOKEN] for q in queries], np.float32).reshape(-1, 1)
+
+
+def _choices(queries: Sequence[Query]) -> FloatArray:
+    """How many answers each caller wants, [B, 1]."""
+    return np.array([[q.choices] for q in queries], np.float32).reshape(-1, 1)
 
 
 def _limits(queries: Sequence[Query]) -> FloatArray:

@@ -10,10 +10,11 @@ between experts is the standard deviation of an estimate from a card: it is larg
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
 from experts.cards import ExpertCard
 from routers.artefact import AnyArray, Artefact
@@ -95,6 +96,18 @@ class CardPrior:
             tokens_per_char=TOKENS_PER_CHAR,
             seconds_per_token=float(profile.seconds_per_token @ peers),
         )
+
+    def joined(self, card: ExpertCard, description: FloatArray) -> Self:
+        """With one more known expert, whose description has the embedding `description` [1, D]; the slopes stay."""
+        return replace(
+            self,
+            descriptions=np.vstack([self.descriptions, description]),
+            log_prices=np.append(self.log_prices, log_prices([card])),
+        )
+
+    def at(self, keep: npt.NDArray[np.intp]) -> Self:
+        """With the known experts at `keep` alone."""
+        return replace(self, descriptions=self.descriptions[keep], log_prices=self.log_prices[keep])
 
     def arrays(self) -> dict[str, AnyArray]:
         """For an artefact. Prices are in the cards."""

@@ -25,7 +25,8 @@ class Query:
     """What is routed. A query never carries its true task label.
 
     `text` is what routers embed: the whole conversation condensed, not only its last message. `input_tokens` is an
-    estimate by length (4 characters a token) until an expert has counted; `max_output_tokens` is the caller's bound.
+    estimate by length (4 characters a token) until an expert has counted; `max_output_tokens` is the caller's bound on
+    each of its `choices`.
     """
 
     text: str
@@ -37,6 +38,7 @@ class Query:
     needs_modalities: frozenset[Modality] = frozenset({"text"})
     input_tokens: int = 0
     max_output_tokens: int | None = None
+    choices: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,9 +164,13 @@ class Router(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One expert of a decision with its numbers; `score` is the utility by the policy's objective."""
+    """One expert of a decision with its numbers; `score` is the utility by the policy's objective.
+
+    `context_length` is its card's, in tokens.
+    """
 
     expert: str
+    context_length: int
     score: float
     quality: float
     cost_usd: float

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from experts.embedding.encoder import EmbedderConfig, Encoder, EncoderFiles
+from experts.fleet import DEFAULT_MODEL
 from routers.contracts import FloatArray
 from routers.embedding_store import EmbeddingStore
-from routers.encoder import DEFAULT_MODEL, EmbedderConfig, Encoder, EncoderFiles
 
 __all__ = ["DEFAULT_MODEL", "Embedder", "EmbedderConfig", "cache_folder", "shared_embedder"]
 

@@ -37,8 +37,12 @@ class ObservationError(RoutingError):
 
 
 class NoExpertError(RoutingError):
-    """No expert is left to answer: `removed` maps each expert's name to the constraint that removed it."""
+    """No expert is left to answer: `removed` maps each expert's name to the constraint that removed it.
 
-    def __init__(self, message: str, removed: dict[str, str]) -> None:
+    `param` is the field of the request that the one expert it named cannot serve.
+    """
+
+    def __init__(self, message: str, removed: dict[str, str], *, param: str | None = None) -> None:
         super().__init__(message)
         self.removed = removed
+        self.param = param

@@ -1,9 +1,10 @@
 """Matrix factorisation: experts and queries in one space, where their product says how well one does on the other.
 
 RouteLLM (arXiv 2406.18665) and EmbedLLM (arXiv 2410.02223): the chance that expert e is right on a query with features
-x is sigmoid(w . (v_e * (W x))), the expert's vector v_e being of length 1. Fitted by Adam on the cross-entropy of all
-observed pairs. How many steps is chosen on a part of the train queries that is held out, and then all are fitted for
-so many steps. Answer lengths, of which the method says nothing, are ridge regression's.
+x is sigmoid(w . (v_e * (W x))), the expert's vector v_e being of length 1. The papers' x is a sentence embedding; here
+text features (`routers.text_features`) stand beside it. Fitted by Adam on the cross-entropy of all observed pairs. How
+many steps is chosen on a part of the train queries that is held out, and then all are fitted for so many steps. Answer
+lengths, of which the method says nothing, are ridge regression's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from routers.base import FittedRouter, Prediction, RouterConfig
 from routers.contracts import FloatArray, Observations
 from routers.ridge import filled, fit_ridge
 from routers.search_space import Range
+from routers.text_features import TextFeatures
 
 _HELD_OUT = 0.2
 _STEPS_PER_CHECK = 10
@@ -27,38 +29,49 @@ _FIRST, _SECOND, _TINY = 0.9, 0.999, 1e-8  # Adam's
 
 
 class MatrixFactorizationConfig(RouterConfig):
-    """`dimensions` of the common space; Adam's `learning_rate` and at most `steps` over all pairs; weight `decay`."""
+    """`dimensions` of the common space; Adam's `learning_rate` and at most `steps` over all pairs; weight `decay`.
+
+    `text_weight` is how much text features count beside an embedding.
+    """
 
     dimensions: Annotated[int, Field(ge=1), Range(8, 128, log=True)] = 32
     learning_rate: Annotated[float, Field(gt=0), Range(3e-4, 3e-2, log=True)] = 3e-3
     steps: Annotated[int, Field(ge=1)] = 600
     decay: Annotated[float, Field(ge=0), Range(1e-5, 1e-1, log=True)] = 1e-3
+    text_weight: Annotated[float, Field(ge=0), Range(0.25, 4.0, log=True)] = 2.0
 
 
 class MatrixFactorizationRouter(FittedRouter[MatrixFactorizationConfig]):
-    """sigmoid(w . (v_e * (W x))) over embeddings with a constant beside them."""
+    """sigmoid(w . (v_e * (W x))) over embeddings with text features and a constant beside them."""
 
     name = "matrix_factorization"
     config_type = MatrixFactorizationConfig
 
     def _fit(self, table: Observations, embeddings: FloatArray) -> None:
-        features = _with_constant(embeddings)
+        self._features = TextFeatures.fit(table.texts, self.config.seed)
+        features = self._beside(table.texts, embeddings)
         steps = _best_steps(features, table.quality, self.config)
         *_, factors = _descend(features, table.quality, self.config, steps)
-        lengths = fit_ridge(embeddings, filled(table.output_tokens, self.profile.output_tokens))
+        lengths = fit_ridge(features[:, :-1], filled(table.output_tokens, self.profile.output_tokens))
         self._queries_to_logits = factors.logit_weights()
         self._lengths = np.vstack([lengths.weights, lengths.bias])
 
     def _predict(self, texts: Sequence[str], embeddings: FloatArray) -> Prediction:
-        features = _with_constant(embeddings)
+        features = self._beside(texts, embeddings)
         return Prediction(_sigmoid(features @ self._queries_to_logits), np.maximum(features @ self._lengths, 1))
 
+    def _beside(self, texts: Sequence[str], embeddings: FloatArray) -> FloatArray:
+        """The embeddings, text features, and a constant: [B, P]."""
+        constant = np.ones((len(embeddings), 1), np.float32)
+        return np.hstack([embeddings, np.float32(self.config.text_weight) * self._features(texts), constant])
+
     def _arrays(self) -> Mapping[str, AnyArray]:
-        return {"factors.logits": self._queries_to_logits, "factors.lengths": self._lengths}
+        return {"factors.logits": self._queries_to_logits, "factors.lengths": self._lengths, **self._features.arrays()}
 
     def _restore(self, artefact: Artefact) -> None:
         self._queries_to_logits = artefact.array("factors.logits", None, len(self.cards))
         self._lengths = artefact.array("factors.lengths", len(self._queries_to_logits), len(self.cards))
+        self._features = TextFeatures.restore(artefact)
 
 
 class _Factors:
@@ -136,7 +149,3 @@ def _sigmoid(logits: FloatArray) -> FloatArray:
 def _unit(rows: FloatArray) -> FloatArray:
     unit: FloatArray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), _TINY)
     return unit
-
-
-def _with_constant(embeddings: FloatArray) -> FloatArray:
-    return np.hstack([embeddings, np.ones((len(embeddings), 1), np.float32)])

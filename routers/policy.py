@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from experts.cards import ExpertCard
+from experts.cards import ExpertCard, Feature
 from routers.contracts import Candidate, Decision, Estimates, FloatArray, Query
 from routers.errors import NoExpertError, RouterConfigError
 
@@ -174,12 +174,16 @@ class Budget(_Model):
 class Policy(_Model):
     """One way of routing. Times are seconds; `null` is none.
 
+    `serves` says which kind of request: `generation` chooses among experts that answer, `embeddings` among those that
+    embed, for each text of a request.
+
     `session_ttl_s` keeps a session with its expert so long after its last request; `cache_ttl_s` is how long an answer
     may be given again to the same request; `timeout_s` bounds a request.
     """
 
     name: Name
     description: str = ""
+    serves: Literal["generation", "embeddings"] = "generation"
     objective: Objective = Objective()
     constraints: Constraints = Constraints()
     router: RouterChoice = RouterChoice()
@@ -255,6 +259,7 @@ class Policy(_Model):
         return [
             Candidate(
                 expert=card.name,
+                context_length=card.context_length,
                 score=quality[e] * weights.quality - cost[e] * weights.cost - latency[e] * weights.latency,
                 quality=quality[e],
                 cost_usd=cost[e],
@@ -317,10 +322,16 @@ def lacking(card: ExpertCard, query: Query) -> str | None:
     return None
 
 
+_FIELDS: Mapping[Feature, str] = {"tools": "tools", "json": "response_format", "logprobs": "logprobs"}
+"""The field of a request that asks for a feature."""
+
+
 def check_able(card: ExpertCard, query: Query) -> None:
     """Raise `NoExpertError` if the expert of `card`, named by the caller, cannot do what `query` needs."""
     if why := lacking(card, query):
-        raise _no_expert("the expert named cannot answer this request", {card.name: why})
+        missing = sorted(query.needs_features - card.features)
+        param = _FIELDS[missing[0]] if missing else None
+        raise _no_expert("the expert named cannot answer this request", {card.name: why}, param=param)
 
 
 def load_policy(path: Path) -> Policy:
@@ -347,9 +358,12 @@ def load_policies(folder: Path) -> dict[str, Policy]:
     return policies
 
 
-def _no_expert(message: str, removed: Mapping[str, str]) -> NoExpertError:
-    told = "; ".join(f"{name}: {why}" for name, why in removed.items())
-    return NoExpertError(f"{message} ({told})" if told else message, dict(removed))
+def _no_expert(message: str, removed: Mapping[str, str], *, param: str | None = None) -> NoExpertError:
+    names: dict[str, list[str]] = {}
+    for name, why in removed.items():
+        names.setdefault(why, []).append(name)
+    told = "; ".join(f"{', '.join(those)}: {why}" for why, those in names.items())
+    return NoExpertError(f"{message} ({told})" if told else message, dict(removed), param=param)
 
 
 def _by_score(candidate: Candidate) -> tuple[float, float, float, str]:

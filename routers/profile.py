@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 
 from routers.artefact import AnyArray, Artefact
 from routers.contracts import FloatArray, Observations
@@ -40,6 +41,19 @@ class Profile:
             tokens_per_char=_ratios(table.input_tokens, np.broadcast_to(chars, table.quality.shape), TOKENS_PER_CHAR),
             seconds_per_token=_ratios(table.latency_s, table.output_tokens, SECONDS_PER_TOKEN),
         )
+
+    @classmethod
+    def of_one(cls, quality: float, output_tokens: float, tokens_per_char: float, seconds_per_token: float) -> Self:
+        """Of a single expert."""
+        return cls(*np.array([[quality], [output_tokens], [tokens_per_char], [seconds_per_token]], np.float32))
+
+    def joined(self, other: Self) -> Self:
+        """With the experts of `other` after its own."""
+        return type(self)(*(np.append(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)))
+
+    def at(self, keep: npt.NDArray[np.intp]) -> Self:
+        """Of the experts at `keep` alone."""
+        return type(self)(*(getattr(self, f.name)[keep] for f in fields(self)))
 
     def arrays(self) -> dict[str, AnyArray]:
         """For an artefact."""

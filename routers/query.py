@@ -37,10 +37,10 @@ def query_from_body(
     """
     if endpoint == "chat/completions":
         messages = _messages(body)
-        text, tokens = _conversation_text(messages), _conversation_tokens(messages) + _tool_tokens(body)
+        text, tokens, texts = _conversation_text(messages), _conversation_tokens(messages) + _tool_tokens(body), 1
     else:
         messages = []
-        text, tokens = _texts(body, "prompt" if endpoint == "completions" else "input")
+        text, tokens, texts = _texts(body, "prompt" if endpoint == "completions" else "input")
     return Query(
         endpoint=endpoint,
         text=text[:_MOST_TEXT],
@@ -51,6 +51,7 @@ def query_from_body(
         needs_modalities=frozenset({"text", *_modalities(messages)}),
         input_tokens=tokens,
         max_output_tokens=0 if endpoint == "embeddings" else _max_output_tokens(body),
+        choices=texts * _choices(body),
     )
 
 
@@ -134,8 +135,8 @@ def _modalities(messages: Sequence[Mapping[str, Any]]) -> Iterator[Modality]:
 # Completions and embeddings
 
 
-def _texts(body: Mapping[str, Any], field: str) -> tuple[str, int]:
-    """Text and tokens of a string, several strings, or tokens that the client has made."""
+def _texts(body: Mapping[str, Any], field: str) -> tuple[str, int, int]:
+    """Text, tokens and number of: a string, several strings, or tokens that the client has made."""
     given = body.get(field)
     if given is None:
         message = f"Missing required parameter: {field!r}."
@@ -144,19 +145,19 @@ def _texts(body: Mapping[str, Any], field: str) -> tuple[str, int]:
     if not items:
         raise InvalidRequestError(f"{field!r} must not be empty.", field, "empty_array")
     if all(isinstance(item, str) for item in items):
-        return "\n\n".join(items), sum(map(_tokens, items))
+        return "\n\n".join(items), sum(map(_tokens, items)), len(items)
     lists = items if all(isinstance(item, list) for item in items) else [items]
     if not all(isinstance(token, int) and not isinstance(token, bool) for tokens in lists for token in tokens):
         message = f"{field!r} must be a string, an array of strings, or one or more arrays of tokens."
         raise InvalidRequestError(message, field, "invalid_type")
-    return "", sum(map(len, lists))
+    return "", sum(map(len, lists)), len(lists)
 
 
 # What every body may have
 
 
 def _features(body: Mapping[str, Any]) -> Iterator[Feature]:
-    if body.get("tools") or body.get("functions"):
+    if (body.get("tools") and body.get("tool_choice") != "none") or body.get("functions"):
         yield "tools"
     wanted = body.get("response_format")
     if isinstance(wanted, dict) and wanted.get("type") in ("json_object", "json_schema"):
@@ -172,6 +173,12 @@ def _max_output_tokens(body: Mapping[str, Any]) -> int | None:
         if isinstance(limit, int) and not isinstance(limit, bool) and limit > 0:
             return limit
     return None
+
+
+def _choices(body: Mapping[str, Any]) -> int:
+    """How many answers are made for each prompt: `n`, or of completions `best_of`, of which `n` are chosen."""
+    counts = [body.get("n"), body.get("best_of")]
+    return max([count for count in counts if isinstance(count, int) and not isinstance(count, bool)], default=1)
 
 
 def _session(body: Mapping[str, Any]) -> str | None:

@@ -7,13 +7,14 @@ are hashed, weighed by tf-idf and projected on the train table's first singular 
 
 from __future__ import annotations
 
+import math
 import re
+import string
 import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Self
+from typing import Self, cast
 
 import numpy as np
 
@@ -25,6 +26,7 @@ _BUCKETS = 4096
 _DIRECTIONS = 128
 _SHAPE_WEIGHT, _WORD_WEIGHT = 0.5, 1.0  # beside an embedding of length 1
 
+_CAPITALS = string.ascii_uppercase.encode()
 _WORD = re.compile(r"\w+|[^\w\s]")
 _NUMBER = re.compile(r"\d+")
 _OPTION = re.compile(r"\n\s*\(?[A-E][).:]")
@@ -53,10 +55,17 @@ class TextFeatures:
 
     def __call__(self, texts: Sequence[str]) -> FloatArray:
         """The features of `texts`, row by row."""
-        shapes = np.array([_shape(text) for text in texts], np.float32).reshape(len(texts), len(self.centre))
-        words = [_direction(text, self.projection) for text in texts]
-        directions = np.array(words, np.float32).reshape(len(texts), self.projection.shape[1] - 1)
-        return np.hstack([(shapes - self.centre) * self.scale, directions])
+        found = np.empty((len(texts), self.centre.size + self.projection.shape[1] - 1), np.float32)
+        for row, text in zip(found, texts, strict=True):
+            row[: self.centre.size] = (_shape(text) - self.centre) * self.scale
+            row[self.centre.size :] = _direction(text, self.projection)
+        return found
+
+    def beside(self, embeddings: FloatArray, texts: Sequence[str], weight: float) -> FloatArray:
+        """Where `texts` lie when these features count `weight` times beside their `embeddings` [B, D]: unit vectors."""
+        both = np.hstack([embeddings, np.float32(weight) * self(texts)])
+        placed: FloatArray = both / np.maximum(np.linalg.norm(both, axis=1, keepdims=True), np.float32(1e-9))
+        return placed
 
     def arrays(self) -> dict[str, AnyArray]:
         """For an artefact."""
@@ -76,12 +85,13 @@ class TextFeatures:
 def _shape(text: str) -> list[float]:
     length, text = len(text), text[:_MOST_CHARS]
     words, numbers, chars = text.split(), _NUMBER.findall(text), max(1, len(text))
+    raw = text.encode("utf-8", "surrogatepass")
     counted = [length, len(words), *(text.count(mark) for mark in "\n$\\?,.(={[_"), len(numbers)]
     return [
-        *np.log1p(counted).tolist(),
+        *map(math.log1p, counted),
         sum(map(len, numbers)) / chars,
         max(map(len, numbers), default=0),
-        sum(map(str.isupper, text)) / chars,
+        (len(raw) - len(raw.translate(None, _CAPITALS))) / chars,
         sum(map(len, words)) / max(1, len(words)),
         len(set(words)) / max(1, len(words)),
         float(text.isascii()),
@@ -92,9 +102,10 @@ def _shape(text: str) -> list[float]:
 
 def _buckets(text: str) -> dict[int, int]:
     """How often each bucket of hashed words and pairs of words occurs."""
-    words = _WORD.findall(text[:_MOST_CHARS].lower())
-    pairs = [f"{first} {second}" for first, second in pairwise(words)]
-    return Counter(zlib.crc32(gram.encode("utf-8", "surrogatepass")) % _BUCKETS for gram in words + pairs)
+    words = [word.encode("utf-8", "surrogatepass") for word in _WORD.findall(text[:_MOST_CHARS].lower())]
+    hashes = [zlib.crc32(word) for word in words]
+    pairs = [zlib.crc32(b" " + second, first) for first, second in zip(hashes, words[1:], strict=False)]
+    return Counter([hashed % _BUCKETS for hashed in hashes + pairs])
 
 
 def _weights(counts: Mapping[int, int]) -> FloatArray:
@@ -105,8 +116,9 @@ def _direction(text: str, projection: FloatArray) -> FloatArray:
     """Of length at most 1: the text's tf-idf vector, made a unit vector, along each direction."""
     counts = _buckets(text)
     places = np.fromiter(counts, np.intp, len(counts))
-    weights = _weights(counts) * projection[places, 0]
-    projected: FloatArray = weights @ projection[places, 1:]
+    rows = projection.take(places, axis=0)
+    weights = _weights(counts) * rows[:, 0]
+    projected = cast("FloatArray", weights @ rows[:, 1:])
     return projected * _WORD_WEIGHT / (float(np.linalg.norm(weights)) or 1.0)
 
 

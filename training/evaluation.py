@@ -80,7 +80,7 @@ def evaluate(
         for seed in seeds:
             on_step(f"evaluate: {name}, seed {seed}", len(evaluations) * len(seeds) + len(runs), total)
             runs.append(bench.measure_router(create_router(name, {"seed": seed}).fit(table.train)))
-        evaluations.append(replace(_mean(runs), router=name, seeds=seeds))
+        evaluations.append(replace(mean_over_seeds(runs), router=name, seeds=seeds))
     on_step("evaluate: done", total, total)
     return bench.report(evaluations)
 
@@ -109,7 +109,7 @@ class Bench:
         estimates = router.estimate(self._queries, self._test.cards)
         measured = self.measure(router.name, estimates, self._chosen(estimates))
         calibrated = metrics.calibration(estimates.quality, self._test.quality, self._draws)
-        return replace(measured, calibration=calibrated, decision_ms=self._decision_ms(router))
+        return replace(measured, calibration=calibrated, decision_ms=self.decision_ms(router))
 
     def measure(self, name: str, estimates: Estimates, chosen: Outcomes | None = None) -> Evaluation:
         """Measure estimates of the test split; `chosen` are a policy's outcomes [Q, 1], else the best quality's."""
@@ -203,7 +203,7 @@ class Bench:
                 return quality, float(self._test.cost_usd[row, place[candidate.expert]])
         return 0.0, 0.0
 
-    def _decision_ms(self, router: AnyRouter) -> dict[str, Interval]:
+    def decision_ms(self, router: AnyRouter) -> dict[str, Interval]:
         """p50 and p99 of deciding for one query alone, its embedding being known."""
         every = max(1, len(self._queries) // _TIMED_QUERIES)
         taken = np.array([_timed(router, self._policy, query, self._test) for query in self._queries[::every]])
@@ -251,7 +251,7 @@ def _known_means(values: FloatArray, default: FloatArray | float = 0.0) -> Float
     return np.where(np.isfinite(means), means, default).astype(np.float32)
 
 
-def _mean(runs: Sequence[Evaluation]) -> Evaluation:
+def mean_over_seeds(runs: Sequence[Evaluation]) -> Evaluation:
     """The mean over seeds, draw by draw. The reliability diagram is the first seed's, the error all seeds'."""
     first = runs[0]
     calibrations = [run.calibration for run in runs if run.calibration]

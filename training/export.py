@@ -18,13 +18,14 @@ from training.prompts import split_of
 class Export:
     """What became of the entries of a ledger: `rows`, and in `left_out` why the others made none.
 
-    `ratings` are the last ones given, 0..1 by answer id; `experts` those that there still are.
+    `ratings` are the last ones given, 0..1, by answer id and the API key that gave them: what a key says of another
+    key's answer does not count. `experts` are those that there still are.
     """
 
     def __init__(
         self,
         entries: Iterable[Mapping[str, Any]],
-        ratings: Mapping[str, float],
+        ratings: Mapping[tuple[str, str], float],
         experts: Container[str],
         test_share: float,
     ) -> None:
@@ -35,13 +36,13 @@ class Export:
             if reason:
                 self.left_out[reason] += 1
             else:
-                self.rows.append(_row(entry, ratings[entry["id"]], test_share))
+                self.rows.append(_row(entry, ratings[entry["id"], entry["key"]], test_share))
 
 
-def _why_not(entry: Mapping[str, Any], ratings: Mapping[str, float], experts: Container[str]) -> str | None:
+def _why_not(entry: Mapping[str, Any], ratings: Mapping[tuple[str, str], float], experts: Container[str]) -> str | None:
     if entry["status"] != 200:
         return "failed"
-    if entry["id"] not in ratings:
+    if (entry["id"], entry["key"]) not in ratings:
         return "not rated"
     if not entry["text"]:
         return "text not kept"

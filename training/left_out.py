@@ -65,7 +65,7 @@ def left_out(
         on_step(f"left out: {name}, {card.name}", place, len(table.cards))
         router = create_router(name, {"seed": seed}).fit(table.train.without(card.name))
         for count in counts:
-            _add(router, table.train, place, count, seed)
+            add_some(router, table.train, place, count, seed)
             estimates = router.estimate(queries, table.test.cards)
             error = _error(estimates, table.test, place)
             added.append(
@@ -85,7 +85,7 @@ def left_out(
     return LeftOutReport(router=name, full=bench.measure(name, full), full_brier=brier, added=added)
 
 
-def _add(router: AnyRouter, train: Observations, place: int, count: int, seed: int) -> None:
+def add_some(router: AnyRouter, train: Observations, place: int, count: int, seed: int) -> None:
     """Add the expert at `place` with `count` of its observations, drawn at random."""
     seen = np.flatnonzero(np.isfinite(train.quality[:, place]))
     few = np.random.default_rng(seed).permutation(seen)[:count]

@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 
 from experts.errors import ExpertConfigError, ExpertError
-from router_service.cli import bench, collect, evaluate, experts, policies, promote, query, route, serve, train
+from router_service.cli import bench, collect, evaluate, experts, index, policies, promote, query, route, serve, train
 from router_service.cli.console import CommandError, errors
 from router_service.errors import ServiceError, SettingsError
 from routers.errors import RouterConfigError, RoutingError
@@ -54,6 +54,7 @@ app.add_typer(experts.app, name="experts")
 app.add_typer(policies.app, name="policies")
 app.add_typer(bench.app, name="bench")
 app.add_typer(train.app, name="train")
+app.add_typer(index.app, name="index")
 app.command()(promote.promote)
 app.command()(evaluate.evaluate)
 app.command()(collect.collect)

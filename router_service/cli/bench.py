@@ -47,6 +47,39 @@ def first_token(
 
 
 @app.command()
+def kernels(
+    dims: Annotated[list[int], typer.Option("--dim", min=1, help="Widths of the layer.")] = [1024, 4096],  # noqa: B006
+    ranks: Annotated[list[str], typer.Option("--rank", help='Ranks, or "mixed".')] = ["8", "16", "64", "mixed"],  # noqa: B006
+    experts: Annotated[list[int], typer.Option(min=1, help="Numbers of adapters.")] = [8, 64, 256, 1024],  # noqa: B006
+    tokens: Annotated[list[int], typer.Option(min=0, help="Numbers of tokens.")] = [1, 8, 32, 256],  # noqa: B006
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
+    seconds: Annotated[float, typer.Option(min=0, help="Of measuring for each way and shape.")] = 0.2,
+    memory_gib: Annotated[float, typer.Option(min=0, help="Leave out what would need more.")] = 4.0,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file that the records go to; shapes in it from before are kept.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="PNG or SVG file of the figures in --out.")] = None,
+) -> None:
+    """The mixture kernel beside the ways that are usual: a loop, gather and bmm, PEFT's Arrow, one dense product.
+
+    Every option that lists shapes can be given several times.
+
+    Example: router-service bench kernels --dim 4096 --rank 16 --out kernels.json --plot kernels.png
+    """
+    from router_service.bench.kernels import Shapes, measure_kernels
+    from router_service.cli.progress import steps
+
+    shapes = Shapes(tuple(dims), tuple(ranks), tuple(experts), tuple(tokens), dtype, device, threads)
+    with steps() as on_progress:
+        results = measure_kernels(
+            shapes, seconds=seconds, memory_gib=memory_gib, out=out, plot=plot, on_progress=on_progress
+        )
+    write_json(results if out is None else results["summary"])
+
+
+@app.command()
 def routing(
     url: Annotated[
         str | None, typer.Option(envvar="ROUTER_URL", help="A running service; by default one is started.")

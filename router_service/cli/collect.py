@@ -187,7 +187,7 @@ async def _export(cards: Mapping[str, ExpertCard], folder: Path, test_share: flo
     from training.observations import write_table
 
     async with redis_link() as link:
-        ratings = {given["id"]: given["rating"] async for given in _entries(link, FEEDBACK)}
+        ratings = {(given["id"], given["key"]): given["rating"] async for given in _entries(link, FEEDBACK)}
         ledger = [entry async for entry in _entries(link, LEDGER)]
     exported = Export(ledger, ratings, cards.keys(), test_share)
     if exported.rows:

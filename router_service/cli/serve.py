@@ -71,7 +71,7 @@ def serve(
     with _redis(settings) as settings, _hosted(settings, loaded, fleet_file, policies, no_ray=no_ray) as running:
         _listen_for_signals(stop)  # Ray has put its own handlers there
         if _wait_ready(running, settings, stop):
-            _say_ready(settings)
+            _say_ready(settings, loaded)
             while not stop.wait(1.0):
                 running.check()
         out.print("stopping: requests under way may end")
@@ -179,12 +179,14 @@ def _waiting_for(client: Any) -> str | None:
         return "experts are being loaded"
 
 
-def _say_ready(settings: Settings) -> None:
+def _say_ready(settings: Settings, fleet: Fleet) -> None:
     url = _url(settings)
     key = "-H 'Authorization: Bearer KEY' " if settings.key_digests else ""
-    body = '{"model": "auto", "messages": [{"role": "user", "content": "What is 17 + 25?"}]}'
+    path, body = "chat/completions", '{"model": "auto", "messages": [{"role": "user", "content": "What is 17 + 25?"}]}'
+    if all(card.kind == "embedding" for card in fleet.cards):
+        path, body = "embeddings", '{"model": "auto", "input": "What is lift?"}'
     out.print(f"[bold green]ready[/bold green]     {url}", soft_wrap=True)
-    command = f"curl {url}/v1/chat/completions {key}-H 'Content-Type: application/json' -d '{body}'"
+    command = f"curl {url}/v1/{path} {key}-H 'Content-Type: application/json' -d '{body}'"
     out.print(f"try       {command}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import cast
 
 from experts.cards import ExpertCard
-from experts.errors import ExpertError, ExpertTimeoutError, ExpertUnavailableError
+from experts.errors import ExpertError, ExpertRequestError, ExpertTimeoutError, ExpertUnavailableError
 from experts.expert import Expert, ExpertRequest, Part, Usage
 from router_service.core.ceilings import CostCeiling, Grant
 from router_service.core.trace import CallRecord, Trace
@@ -90,7 +90,7 @@ class Caller:
             record.usage = part.usage or Usage()
             return part
         except ExpertError as error:
-            record.error = _describe(error)
+            _note(record, error)
             raise
         finally:
             self._end(lane, record, started)
@@ -117,10 +117,17 @@ class Caller:
                     yield part
         except ExpertError as error:
             refused = not record.parts and not isinstance(error, ExpertTimeoutError)
-            record.error = _describe(error)
+            _note(record, error)
             raise
-        except (GeneratorExit, asyncio.CancelledError):
-            record.error = None if usage else "cut off"
+        except GeneratorExit:
+            if not usage:
+                record.outcome, record.error = "cut_off", "cut off"
+            raise
+        except asyncio.CancelledError as stopped:
+            if stopped.args:  # by a strategy's deadline, which says why
+                _note(record, ExpertTimeoutError(stopped.args[0]))
+            elif not usage:
+                record.outcome, record.error = "cut_off", "cut off"
             raise
         finally:
             record.usage = usage or (Usage() if refused else self._guess(record, grant))
@@ -162,5 +169,6 @@ class Caller:
         return Usage(input_tokens=self._input_tokens, output_tokens=written)
 
 
-def _describe(error: ExpertError) -> str:
-    return f"{type(error).__name__}: {error}"
+def _note(record: CallRecord, error: ExpertError) -> None:
+    record.outcome = "refused" if isinstance(error, ExpertRequestError) else "error"
+    record.error = f"{type(error).__name__}: {error}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -9,14 +10,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from experts.embedding.request import texts_of
 from experts.expert import Endpoint, ExpertRequest, Part, Usage
 from router_service.core.admission import Reservation
 from router_service.core.caching import digest_of, is_complete, is_deterministic, reissue
 from router_service.core.calls import Caller
+from router_service.core.embeddings import embed_routed
 from router_service.core.routing import Plan, stay_with
 from router_service.core.service import Service
 from router_service.core.trace import Trace
-from router_service.errors import BadRequestError, StateError, UnavailableError
+from router_service.errors import StateError, UnavailableError
 from router_service.state.ledger import LEDGER
 from routers.contracts import Decision, Query
 from routers.policy import check_able
@@ -54,7 +57,7 @@ class Exchange:
         self._ask = ask
         self._started = time.perf_counter()
         model = ask.body.get("model")
-        self.plan, self.expert = service.resolve(model)
+        self.plan, self.expert = service.resolve(model, ask.endpoint)
         self.query = query_from_body(ask.endpoint, ask.body, session=ask.session)
         if self.expert:  # that its context is long enough it says itself: it counts tokens, we estimate them
             check_able(service.cards[self.expert], replace(self.query, input_tokens=0, max_output_tokens=None))
@@ -85,8 +88,11 @@ class Exchange:
         self.reservation = await self._admit()
         if await self._find_cached():
             return
-        decision = await self._decide() if self.plan else None
-        self._parts = self._run(decision)
+        if self.plan and self._ask.endpoint == "embeddings":
+            decisions = await self._decide_each(self.plan)
+            self._parts = embed_routed(decisions, self._request, self._call(), self.plan.policy.fallbacks)
+        else:
+            self._parts = self._run(await self._decide(self.plan) if self.plan else None)
 
     async def piece(self) -> bytes | None:
         """The answer's next piece: the JSON of a chunk, or of the whole. `None` at the end."""
@@ -122,7 +128,8 @@ class Exchange:
         if self._service.ledger.full:
             raise UnavailableError("usage cannot be recorded now", retry_after_s=1.0)
         query = self.query
-        output = _ASSUMED_OUTPUT if query.max_output_tokens is None else query.max_output_tokens
+        bound = _ASSUMED_OUTPUT if query.max_output_tokens is None else query.max_output_tokens
+        output = bound * query.choices
         usage = Usage(input_tokens=query.input_tokens, output_tokens=output)
         cards = self.plan.cards if self.plan else [self._service.cards[cast("str", self.expert)]]
         return await self._service.admission.admit(
@@ -152,18 +159,29 @@ class Exchange:
             self._replay = [reissue(piece, self._ask.id) for piece in pieces]
         return bool(pieces)
 
-    async def _decide(self) -> Decision:
-        plan = cast("Plan", self.plan)
-        if self._ask.endpoint == "embeddings":
-            raise BadRequestError("vectors of different experts cannot be compared: name one expert", param="model")
+    async def _decide(self, plan: Plan) -> Decision:
         started = time.perf_counter()
         self.trace.decision = await decide(self._service, plan, self.query, self._ask.key)
         self.trace.decision_s = time.perf_counter() - started
         return self.trace.decision
 
-    def _run(self, decision: Decision | None) -> AsyncIterator[Part]:
+    async def _decide_each(self, plan: Plan) -> list[Decision]:
+        """A decision for each text. The trace has that of the first, and to whom each text went."""
+        started = time.perf_counter()
+        queries = [replace(self.query, text=text, input_tokens=0) for text in texts_of(self._ask.body)]
+        down = self._service.health.down
+        decisions = await asyncio.gather(*(plan.decide(query, down) for query in queries))
+        self.trace.decision = decisions[0]
+        self.trace.routed = [decision.expert for decision in decisions]
+        self.trace.decision_s = time.perf_counter() - started
+        return decisions
+
+    @property
+    def _request(self) -> ExpertRequest:
         ask = self._ask
-        request = ExpertRequest(id=ask.id, endpoint=ask.endpoint, body=ask.body, timeout_s=self.timeout_s)
+        return ExpertRequest(id=ask.id, endpoint=ask.endpoint, body=ask.body, timeout_s=self.timeout_s)
+
+    def _call(self) -> Caller:
         self._caller = Caller(
             self._service.lanes,
             self.trace,
@@ -173,12 +191,16 @@ class Exchange:
             ceilings=self.plan.policy.ceilings if self.plan else None,
             input_tokens=self.query.input_tokens,
         )
+        return self._caller
+
+    def _run(self, decision: Decision | None) -> AsyncIterator[Part]:
+        request, caller = self._request, self._call()
         if self.plan and decision:
-            return self.plan.strategy.run(decision, request, self._caller)
+            return self.plan.strategy.run(decision, request, caller)
         expert = cast("str", self.expert)
-        if ask.endpoint == "embeddings":
-            return _embed(self._caller, expert, request)
-        return self._caller(expert, request, why=_NAMED)
+        if self._ask.endpoint == "embeddings":
+            return _embed(caller, expert, request)
+        return caller(expert, request, why=_NAMED)
 
     def _record(self) -> None:
         trace, service = self.trace, self._service
@@ -187,8 +209,7 @@ class Exchange:
         charges = self.reservation.settle(tokens=trace.tokens, cost_usd=trace.cost_usd)
         service.ledger.record(LEDGER, entry, charges)
         service.metrics.count_answer(trace)
-        if any(call.error for call in trace.calls):
-            service.health.suspect()
+        service.health.suspect(call.expert for call in trace.calls if call.outcome == "error")
         if trace.status == 200:
             self._remember()
 

@@ -47,4 +47,4 @@ def to_request_error(error: Exception) -> RequestError:
 def _no_expert(error: NoExpertError) -> RequestError:
     if error.removed and all("context" in constraint for constraint in error.removed.values()):
         return ContextLengthError(str(error), param="messages")
-    return BadRequestError(str(error), code="no_expert")
+    return BadRequestError(str(error), param=error.param, code="unsupported_parameter" if error.param else "no_expert")

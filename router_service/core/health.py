@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 
 from experts.errors import ExpertError
 from experts.expert import Expert
@@ -26,36 +27,45 @@ class HealthMonitor:
     def __init__(self, experts: Mapping[str, Expert], metrics: Metrics) -> None:
         self._experts = experts
         self._metrics = metrics
+        self._suspects: set[str] = set()
         self._suspected = asyncio.Event()
         self.down: frozenset[str] = frozenset()
         self.seen: frozenset[str] = frozenset()
         self.looked = False
 
-    def suspect(self) -> None:
-        """Look again soon: a call has failed."""
-        self._suspected.set()
+    def suspect(self, experts: Iterable[str]) -> None:
+        """Look at `experts` again soon: calls of theirs have failed."""
+        self._suspects.update(experts)
+        if self._suspects:
+            self._suspected.set()
 
     async def watch(self) -> None:
         """Look every few seconds; runs until cancelled."""
         while True:
-            await self.look()
-            try:
-                await asyncio.wait_for(self._suspected.wait(), _PAUSE_S if self.down - self.seen else _EVERY_S)
-            except TimeoutError:
-                continue
-            await asyncio.sleep(_PAUSE_S)
-            self._suspected.clear()
+            await self.look(self._experts)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_PAUSE_S if self.down - self.seen else _EVERY_S):
+                    await self._look_at_suspects()
 
-    async def look(self) -> None:
-        """Ask every expert."""
-        names = list(self._experts)
+    async def _look_at_suspects(self) -> None:
+        while True:
+            await self._suspected.wait()
+            await asyncio.sleep(_PAUSE_S)
+            suspects, self._suspects = self._suspects, set()
+            self._suspected.clear()
+            await self.look(suspects)
+
+    async def look(self, experts: Iterable[str]) -> None:
+        """Ask `experts`."""
+        names = list(experts)
         answers = await asyncio.gather(*(self._healthy(name) for name in names))
-        down = frozenset(name for name, up in zip(names, answers, strict=True) if not up)
+        asked_down = frozenset(name for name, up in zip(names, answers, strict=True) if not up)
+        down = self.down - frozenset(names) | asked_down
         for name, up in zip(names, answers, strict=True):
             self._metrics.set_expert_up(name, up)
         for name in down ^ self.down:
             logger.warning("expert %r is %s", name, "down" if name in down else "up again")
-        self.seen |= frozenset(names) - down
+        self.seen |= frozenset(names) - asked_down
         self.down, self.looked = down, True
 
     async def _healthy(self, name: str) -> bool:

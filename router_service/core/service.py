@@ -12,11 +12,12 @@ from contextlib import suppress
 from typing import Any
 
 from experts.cards import ExpertCard
-from experts.expert import Expert
+from experts.expert import Endpoint, Expert
 from router_service.core.admission import Admission, Gate
 from router_service.core.calls import Lane
 from router_service.core.health import HealthMonitor
 from router_service.core.routing import Plan, RouterSlot, watch_promotions
+from router_service.core.search import SearchIndex
 from router_service.errors import BadRequestError, ModelNotFoundError, StateError
 from router_service.metrics import Metrics
 from router_service.settings import Settings
@@ -27,6 +28,8 @@ from router_service.state.link import RedisLink
 logger = logging.getLogger(__name__)
 
 DEFAULT_POLICY = "auto"
+EMBEDDINGS_POLICY = "embeddings"
+"""What the model `auto` means where embeddings are asked for."""
 _OWN = ("local", "adapter")
 
 
@@ -58,6 +61,7 @@ class Service:
         self.cache = AnswerCache(link)
         self.sessions = Sessions(link)
         self.ledger = LedgerWriter(link, settings.data_folder / "spool", max_entries=settings.ledger_max_entries)
+        self.index = SearchIndex(settings.index) if settings.index else None
         self.health = HealthMonitor(experts, metrics)
         self._slots: list[RouterSlot] = list({id(plan.slot): plan.slot for plan in plans.values()}.values())
         self._tasks: set[asyncio.Task[None]] = set()
@@ -80,6 +84,8 @@ class Service:
             slot.close()
         for expert in self.experts.values():
             await expert.close()
+        if self.index:
+            self.index.close()
         await self.link.close()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -93,15 +99,22 @@ class Service:
         if not task.cancelled() and (error := task.exception()):
             logger.error("background work failed", exc_info=error)
 
-    def resolve(self, model: Any) -> tuple[Plan | None, str | None]:
-        """The plan or the expert that `model` names. Raises `BadRequestError`, `ModelNotFoundError`."""
+    def resolve(self, model: Any, endpoint: Endpoint = "chat/completions") -> tuple[Plan | None, str | None]:
+        """The plan or the expert that `model` names for `endpoint`. Raises `BadRequestError`, `ModelNotFoundError`."""
         if not isinstance(model, str) or not model:
             raise BadRequestError("'model' must be the name of an expert or policy", param="model")
         if model in self.lanes:
             return None, model
         prefix, colon, name = model.partition(":")
-        if prefix == DEFAULT_POLICY and (plan := self.plans.get(name if colon else DEFAULT_POLICY)):
+        serves = "embeddings" if endpoint == "embeddings" else "generation"
+        default = EMBEDDINGS_POLICY if serves == "embeddings" else DEFAULT_POLICY
+        if prefix == DEFAULT_POLICY and (plan := self.plans.get(name if colon else default)):
+            if plan.policy.serves != serves:
+                raise BadRequestError(f"policy {plan.policy.name!r} serves {plan.policy.serves}", param="model")
             return plan, None
+        if model == DEFAULT_POLICY:
+            message = f"there is no policy {default!r}, by which texts find their expert: name one expert"
+            raise ModelNotFoundError(message, param="model")
         raise ModelNotFoundError(
             f"there is no model {model[:128]!r}: GET /v1/models lists those there are", param="model"
         )

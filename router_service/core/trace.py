@@ -13,6 +13,8 @@ from routers.contracts import Candidate, Decision
 class CallRecord:
     """One call of one expert. Times are seconds, cost is USD.
 
+    `outcome` tells whose fault an `error` is: the request was `refused` (the client's), the call was `cut_off` (nobody
+    waits for it any more), or the expert failed.
     `estimated` says that the expert never told its usage (the call was cut off), so that it was counted from outside.
     """
 
@@ -24,6 +26,7 @@ class CallRecord:
     first_part_s: float | None = None
     parts: int = 0
     estimated: bool = False
+    outcome: Literal["ok", "refused", "cut_off", "error"] = "ok"
     error: str | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -44,17 +47,21 @@ class CallRecord:
 
 @dataclass(slots=True, kw_only=True)
 class Trace:
-    """One request. `at` is Unix time; `status` the HTTP status, 499 where the client hung up."""
+    """One request. `at` is Unix time; `status` the HTTP status, 499 where the client hung up.
+
+    Where the texts of a request are routed one by one, `routed` has each one's expert and `decision` is the first's.
+    """
 
     id: str
     request_id: str
     at: float
     key: str
-    endpoint: Endpoint
+    endpoint: Endpoint | Literal["search"]
     model: str
     stream: bool
     policy: str | None = None
     decision: Decision | None = None
+    routed: list[str] = field(default_factory=list)
     calls: list[CallRecord] = field(default_factory=list)
     answered_by: str | None = None
     cache: Literal["hit", "miss", "off"] = "off"
@@ -93,6 +100,7 @@ class Trace:
             "policy": self.policy,
             "expert": self.expert,
             "decision": decision_to_json(self.decision) if self.decision else None,
+            **({"routed": self.routed} if self.routed else {}),
             "calls": [call.to_json() for call in self.calls],
             "cache": self.cache,
             "cost_usd": self.cost_usd,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import orjson
@@ -19,6 +19,7 @@ from router_service.http.connection import REQUEST_ID, ClientGoneError, Connecti
 from router_service.http.validation import Options, check_body, take_options
 
 _ID_PREFIX: Mapping[Endpoint, str] = {"chat/completions": "chatcmpl-", "completions": "cmpl-", "embeddings": "embd-"}
+Finish = Callable[[bytes], Awaitable[bytes]]
 _CLIENT_GONE = 499
 _GRACE_S = 0.5
 """How much longer than its time an answer may take, so that an expert can say itself that it is late."""
@@ -27,8 +28,8 @@ _GRACE_S = 0.5
 async def answer(service: Service, connection: Connection, endpoint: Endpoint) -> None:
     """Answer one question."""
     key = service.admission.authenticate(connection.header(b"authorization"))
+    body = await connection.read_object(service.settings.max_body_bytes)  # who sends slowly takes nobody's place
     with service.gate:
-        body = await connection.read_object(service.settings.max_body_bytes)
         options = take_options(body, connection)
         check_body(body)
         answer_id = _ID_PREFIX[endpoint] + uuid.uuid4().hex
@@ -41,16 +42,24 @@ async def answer(service: Service, connection: Connection, endpoint: Endpoint) -
             session=options.session,
         )
         exchange = Exchange(service, ask)
-        await _carry_out(service, connection, exchange, options)
+        await carry_out(service, connection, exchange, options)
 
 
-async def _carry_out(service: Service, connection: Connection, exchange: Exchange, options: Options) -> None:
-    """Run the exchange; whatever happens, it is finished, with the status that the client got or would have got."""
+async def carry_out(
+    service: Service, connection: Connection, exchange: Exchange, options: Options, *, finish: Finish | None = None
+) -> None:
+    """Run the exchange; whatever happens, it is finished, with the status that the client got or would have got.
+
+    `finish` makes the answer of what the experts said.
+    """
     status, failure = 500, "the service failed"
     try:
         async with connection.cancelling_when_gone(), asyncio.timeout(exchange.timeout_s + _GRACE_S):
             await exchange.start()
-            await (_stream if exchange.trace.stream else _whole)(connection, exchange, options)
+            if exchange.trace.stream:
+                await _stream(connection, exchange, options)
+            else:
+                await _whole(connection, exchange, options, finish)
     except FAILURES as error:
         told = to_request_error(error)
         status, failure = told.http_status, str(told)
@@ -63,10 +72,12 @@ async def _carry_out(service: Service, connection: Connection, exchange: Exchang
         await exchange.finish(status, failure)
 
 
-async def _whole(connection: Connection, exchange: Exchange, options: Options) -> None:
+async def _whole(connection: Connection, exchange: Exchange, options: Options, finish: Finish | None) -> None:
     data = await exchange.piece() or b"{}"
     while (more := await exchange.piece()) is not None:  # a strategy's last part is the answer
         data = more
+    if finish:
+        data = await finish(data)
     await exchange.finish(200)
     if options.trace:
         data = orjson.dumps({**orjson.loads(data), "router": exchange.trace.to_json()})
@@ -91,7 +102,7 @@ def answer_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
     trace = exchange.trace
     headers = {"x-request-id": trace.request_id, "x-router-id": trace.id, **exchange.reservation.headers}
     if trace.expert:
-        headers["x-router-expert"] = trace.expert
+        headers["x-router-expert"] = ", ".join(dict.fromkeys(trace.routed)) or trace.expert
         headers["x-router-attempts"] = str(len(trace.calls))
     if trace.cache != "off":
         headers["x-router-cache"] = trace.cache

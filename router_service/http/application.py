@@ -14,6 +14,7 @@ from router_service.errors import ForbiddenOriginError, MethodNotAllowedError, N
 from router_service.http.answers import answer
 from router_service.http.connection import ClientGoneError, Connection, Receive, Scope, Send
 from router_service.http.pages import ModelList, show_decision, show_metrics, show_status, take_feedback
+from router_service.http.search import search
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,7 @@ class Application:
         self._routes: dict[str, dict[str, Handler]] = {
             "/v1/models": {"GET": self._list_models},
             "/v1/route": {"POST": partial(show_decision, service)},
+            "/v1/search": {"POST": partial(search, service)},
             "/v1/feedback": {"POST": partial(take_feedback, service)},
             "/healthz": {"GET": self._be_alive},
             "/readyz": {"GET": partial(show_status, service)},

@@ -10,7 +10,7 @@ from typing import Any
 
 import orjson
 
-from router_service.errors import BadRequestError, BodyTooLargeError, RequestError
+from router_service.errors import BadRequestError, BodyTooLargeError, RequestError, SlowBodyError
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -26,6 +26,7 @@ _EVENTS = (
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 )
+_BODY_TIMEOUT_S = 30.0
 _UNSAFE = re.compile(r"[^\x20-\x7e]")
 _MAX_HEADER = 400
 
@@ -57,9 +58,18 @@ class Connection:
         return value.decode("latin-1") if value is not None else None
 
     async def read_object(self, limit: int) -> dict[str, Any]:
-        """The body, a JSON object. Raises `BodyTooLargeError`, `BadRequestError`, `ClientGoneError`."""
+        """The body, a JSON object.
+
+        Raises `BodyTooLargeError`, `BadRequestError`, `SlowBodyError`, `ClientGoneError`.
+        """
         try:
-            value = orjson.loads(await self._read(limit))
+            async with asyncio.timeout(_BODY_TIMEOUT_S):
+                body = await self._read(limit)
+        except TimeoutError as error:
+            message = f"the body did not come within {_BODY_TIMEOUT_S:.0f} s"
+            raise SlowBodyError(message, headers={"connection": "close"}) from error
+        try:
+            value = orjson.loads(body)
         except orjson.JSONDecodeError as error:
             raise BadRequestError(f"the body is not JSON: {error}", code="invalid_json") from error
         if not isinstance(value, dict):

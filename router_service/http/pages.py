@@ -50,8 +50,8 @@ class ModelList:
 async def show_decision(service: Service, connection: Connection) -> None:
     """Say what would be done with a chat completion, without asking any expert."""
     key = service.admission.authenticate(connection.header(b"authorization"))
+    body = await connection.read_object(service.settings.max_body_bytes)
     with service.gate:
-        body = await connection.read_object(service.settings.max_body_bytes)
         body.setdefault("model", DEFAULT_POLICY)
         options = take_options(body, connection)
         check_body(body)
@@ -72,8 +72,8 @@ def _endpoint(body: dict[str, Any]) -> Endpoint:
 async def take_feedback(service: Service, connection: Connection) -> None:
     """Keep a rating of an answer; 200 says that it will not be lost."""
     key = service.admission.authenticate(connection.header(b"authorization"))
+    body = await connection.read_object(service.settings.max_body_bytes)
     with service.gate:
-        body = await connection.read_object(service.settings.max_body_bytes)
         value = _read_feedback(body)
         await service.admission.admit(key, tokens=0, cost_usd=0.0)
         await service.ledger.commit(FEEDBACK, {**value, "key": key, "at": time.time()})

@@ -58,6 +58,15 @@ def _is_number(low: float, high: float) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
 
 
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_stop(value: Any) -> bool:
+    texts = value if isinstance(value, list) else [value]
+    return all(isinstance(text, str) and text for text in texts)
+
+
 _FIELDS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "stream": (lambda value: isinstance(value, bool), "true or false"),
     "max_tokens": (_is_count, "a whole number from 1"),
@@ -66,7 +75,10 @@ _FIELDS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "temperature": (_is_number(0, 2), "a number from 0 to 2"),
     "top_p": (_is_number(0, 1), "a number from 0 to 1"),
     "seed": (lambda value: isinstance(value, int) and not isinstance(value, bool), "a whole number"),
-    "tools": (lambda value: isinstance(value, list), "a list"),
+    "tools": (lambda value: isinstance(value, list) and all(map(_is_object, value)), "a list of objects"),
+    "response_format": (_is_object, "an object"),
+    "stream_options": (_is_object, "an object"),
+    "stop": (_is_stop, "a non-empty string, or a list of them"),
 }
 
 

@@ -63,6 +63,8 @@ def service_environment(settings: Settings) -> dict[str, str]:
         "PORT": str(settings.port),
         "ROUTER_DATA_FOLDER": str(settings.data_folder.expanduser().resolve()),
     }
+    if settings.index:
+        values["ROUTER_INDEX"] = str(settings.index.expanduser().resolve())
     return values | ({"REDIS_URL": settings.redis_url.get_secret_value()} if settings.redis_url else {})
 
 

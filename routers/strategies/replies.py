@@ -16,9 +16,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from experts.errors import ExpertError, ExpertRequestError, ExpertTimeoutError, ExpertUnavailableError
+from experts.errors import ExpertError, ExpertRequestError, ExpertUnavailableError
 from experts.expert import ExpertRequest, Part
 from routers.contracts import Call
+from routers.strategies.deadline import until
 
 
 @dataclass(slots=True)
@@ -139,11 +140,9 @@ async def collect(call: Call, ask: Ask, request: ExpertRequest, *, by: float) ->
     sent = replace(request, body=as_stream(ask.body), timeout_s=max(by - clock(), 0.001))
     reply, source = Reply(ask.expert), call(ask.expert, sent, why=ask.why)
     try:
-        async with asyncio.timeout_at(by):
+        async with until(by, f"expert {ask.expert!r} did not finish its answer in time"):
             async for part in source:
                 reply.add(part)
-    except TimeoutError as error:
-        raise ExpertTimeoutError(f"expert {ask.expert!r} did not finish its answer in time") from error
     finally:
         await close(source)
     if not any(part.data for part in reply.parts):

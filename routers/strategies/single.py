@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -23,6 +24,7 @@ from experts.errors import ExpertError, ExpertRequestError, ExpertTimeoutError, 
 from experts.expert import ExpertRequest, Part
 from routers.contracts import Call, Decision
 from routers.strategies.base import BaseStrategy, StrategyOptions
+from routers.strategies.deadline import until
 
 _THIS_EXPERT_ALONE = frozenset(
     {"context_length_exceeded", "model_not_found", "unsupported_endpoint", "unsupported_parameter", "unsupported_value"}
@@ -43,13 +45,15 @@ class SingleStrategy(BaseStrategy):
         """
         clock = asyncio.get_running_loop().time
         deadline = clock() + request.timeout_s
-        experts = [candidate.expert for candidate in decision.ranking[: self.fallbacks.max_attempts]]
+        candidates = deque(decision.ranking)
         failures: dict[str, ExpertError] = {}
-        for expert in experts:
-            left = deadline - clock()
+        while candidates and len(failures) < self.fallbacks.max_attempts:
+            candidate = candidates.popleft()
+            expert, left = candidate.expert, deadline - clock()
             if failures and left <= 0:
                 break
-            begin_by = clock() + self._time_to_begin(left, last=expert == experts[-1])
+            last = not candidates or len(failures) + 1 == self.fallbacks.max_attempts
+            begin_by = clock() + self._time_to_begin(left, stream=request.stream, last=last)
             reply = _Reply(expert, call(expert, replace(request, timeout_s=left), why=_why(failures)))
             try:
                 async with aclosing(reply.parts(request, begin_by=begin_by, deadline=deadline)) as parts:
@@ -60,11 +64,14 @@ class SingleStrategy(BaseStrategy):
                 if reply.begun or not another_may(error):
                     raise
                 failures[expert] = error
+                if isinstance(error, ExpertRequestError) and error.code == "context_length_exceeded":
+                    candidates = deque(one for one in candidates if one.context_length > candidate.context_length)
         raise all_failed(failures)
 
-    def _time_to_begin(self, left: float, *, last: bool) -> float:
+    def _time_to_begin(self, left: float, *, stream: bool, last: bool) -> float:
+        """Half of the time for a stream's first words; a plain answer begins when it is complete, and may take all."""
         own = self.fallbacks.attempt_timeout_s
-        return min(left, own if own is not None else left if last else left / 2)
+        return min(left, own if own is not None else left / 2 if stream and not last else left)
 
 
 class _Reply:
@@ -95,12 +102,9 @@ class _Reply:
             await _close(self._source)
 
     async def _next(self, by: float) -> Part | None:
-        try:
-            async with asyncio.timeout_at(by):
-                return await anext(self._source, None)
-        except TimeoutError as error:
-            what = "finish" if self.begun else "begin"
-            raise ExpertTimeoutError(f"expert {self._expert!r} did not {what} its answer in time") from error
+        what = "finish" if self.begun else "begin"
+        async with until(by, f"expert {self._expert!r} did not {what} its answer in time"):
+            return await anext(self._source, None)
 
 
 async def _close(source: AsyncIterator[Part]) -> None:
@@ -116,10 +120,10 @@ def has_content(part: Part, *, stream: bool) -> bool:
         choices = json.loads(part.data).get("choices")
     except (ValueError, AttributeError):
         return True  # not the wire format that we know: let it through
-    return any(map(_choicehas_content, choices or ()))
+    return any(map(_choice_has_content, choices or ()))
 
 
-def _choicehas_content(choice: Any) -> bool:
+def _choice_has_content(choice: Any) -> bool:
     if not isinstance(choice, dict):
         return True
     delta = choice.get("delta")

@@ -68,7 +68,7 @@ def test_models(stack: Stack) -> None:
             "messages",
             "context_length_exceeded",
         ),
-        ({"tools": [{"type": "function"}]}, openai.BadRequestError, None, "no_expert"),
+        ({"tools": [{"type": "function"}]}, openai.BadRequestError, "tools", "unsupported_parameter"),
     ],
 )
 def test_errors_have_status_and_body(

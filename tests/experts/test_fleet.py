@@ -83,8 +83,8 @@ def _with(entry: dict[str, Any], **change: Any) -> dict[str, Any]:
     [
         ([], "at least 1"),
         ([BASE, BASE], "'base' is there 2 times"),
-        ([ADAPTER], "'skill': base 'base' is no local expert"),
-        ([REMOTE, _with(ADAPTER, adapter={"base": "far", "path": "x"})], "base 'far' is no local expert"),
+        ([ADAPTER], "'skill': base 'base' is no model or encoder"),
+        ([REMOTE, _with(ADAPTER, adapter={"base": "far", "path": "x"})], "base 'far' is no model or encoder"),
         ([BASE, _with(ADAPTER, resources={"cpus": 2})], "'skill': an adapter runs on its base"),
         ([_with(BASE, remote=REMOTE["remote"])], "'base': needs exactly one of .* has local and remote"),
         ([{"name": "bare"}], "'bare': needs exactly one of .* has none"),

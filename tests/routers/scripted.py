@@ -53,7 +53,11 @@ class FakeFleet:
 
 
 def decision(*experts: str) -> Decision:
-    ranking = [Candidate(expert=e, score=1, quality=1, cost_usd=0, latency_s=0) for e in experts]
+    """Experts in this order; what is in capitals has a longer context."""
+    ranking = [
+        Candidate(expert=e, context_length=8192 if e.isupper() else 4096, score=1, quality=1, cost_usd=0, latency_s=0)
+        for e in experts
+    ]
     return Decision(policy="p", router="r", strategy="single", ranking=ranking)
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experts.embedding.encoder import EncoderFiles
+from experts.errors import ExpertConfigError
 from routers.embedder import Embedder, EmbedderConfig, cache_folder, shared_embedder
 from routers.embedding_store import EmbeddingStore
-from routers.encoder import EncoderFiles
-from routers.errors import RouterConfigError
 
 TEXTS = [
     "What day comes after Monday?",
@@ -123,13 +123,13 @@ def test_one_embedder_a_process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(RouterConfigError, match=r"lacks tokenizer.json, model.safetensors"):
+    with pytest.raises(ExpertConfigError, match=r"lacks tokenizer.json, model.safetensors"):
         Embedder(EmbedderConfig(model=str(tmp_path))).embed(["x"])
 
 
 def test_an_unknown_hub_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(RouterConfigError, match="no-such-model-here"):
+    with pytest.raises(ExpertConfigError, match="no-such-model-here"):
         EncoderFiles.find(EmbedderConfig(model="nobody/no-such-model-here"))
 
 

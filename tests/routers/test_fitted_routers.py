@@ -16,6 +16,7 @@ from experts.cards import ExpertCard
 from routers.contracts import Observations, Query
 from routers.embedder import Embedder, EmbedderConfig
 from routers.errors import ObservationError, RouterConfigError, RouterNotFittedError
+from routers.knn import KnnConfig, KnnRouter
 from routers.registry import AnyRouter, create_router, load_router, router_class, router_names
 
 TEXTS = ["what day of the week", "the sum of two digits", "capital of the country", "something else entirely"]
@@ -207,7 +208,11 @@ def test_unknown_option_is_refused() -> None:
 
 def test_search_space_names_options_of_the_config() -> None:
     found = router_class("knn")
-    assert set(found.search_space()) == {"k", "temperature", "shrinkage"} <= set(found.config_type.model_fields)
+    assert (
+        set(found.search_space())
+        == {"k", "temperature", "shrinkage", "text_weight"}
+        <= set(found.config_type.model_fields)
+    )
 
 
 def test_other_embedder_than_configured_is_refused(fake_embedder: Embedder) -> None:
@@ -269,7 +274,8 @@ def test_random_is_even_and_seeded(table: Observations, cards: list[ExpertCard])
 
 
 def test_knn_finds_the_specialist(table: Observations, cards: list[ExpertCard], fake_embedder: Embedder) -> None:
-    router = create_router("knn", {"k": 20, "temperature": 0.1}, embedder=fake_embedder).fit(table.rows(np.arange(120)))
+    options = {"k": 20, "temperature": 0.1, "text_weight": 1.0}
+    router = create_router("knn", options, embedder=fake_embedder).fit(table.rows(np.arange(120)))
     asked = table.rows(np.arange(120, 180))
     chosen = router.estimate(queries(*asked.texts), cards).quality.argmax(1)
     assert np.mean([cards[e].name == f"{task}-expert" for e, task in zip(chosen, asked.tasks, strict=True)]) > 0.75
@@ -279,12 +285,14 @@ def test_knn_is_the_weighted_mean_of_its_neighbours(
     table: Observations, cards: list[ExpertCard], fake_embedder: Embedder
 ) -> None:
     k, temperature, shrinkage = 15, 0.3, 2.0
-    options = {"k": k, "temperature": temperature, "shrinkage": shrinkage}
-    router = create_router("knn", options, embedder=fake_embedder).fit(table)
+    config = KnnConfig(k=k, temperature=temperature, shrinkage=shrinkage, text_weight=0.0)
+    router = KnnRouter(config, embedder=fake_embedder).fit(table)
     found = router.estimate(queries(TEXTS[0]), cards).quality[0]
-    cosines = fake_embedder.embed(TEXTS[:1])[0] @ fake_embedder.embed(table.texts).astype(np.float16).T.astype(
-        np.float32
-    )
+    embedding = fake_embedder.embed(TEXTS[:1])[0]
+    arrays = router._arrays()
+    # The same arithmetic, since many neighbours tie; its cosines are the embeddings' own.
+    cosines = arrays["knn.places"].astype(np.float32) @ (arrays["knn.directions"][:, : embedding.size] @ embedding)
+    np.testing.assert_allclose(cosines, fake_embedder.embed(table.texts) @ embedding, atol=2e-3)
     nearest = np.argsort(-cosines)[:k]
     weights = np.exp((cosines[nearest] - cosines.max()) / temperature)
     for e in range(len(cards)):

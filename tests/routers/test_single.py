@@ -94,15 +94,30 @@ async def test_a_request_at_fault_is_not_tried_elsewhere() -> None:
 
 
 async def test_a_fault_of_this_expert_alone_is() -> None:
+    unknown = ExpertRequestError("no such model", code="model_not_found")
+    assert await answer(FakeFleet(a=[unknown], b=[WHOLE]), stream=False) == [WHOLE]
+    with pytest.raises(ExpertRequestError, match="no such model"):
+        await answer(FakeFleet(a=[unknown], b=[DEAD]), stream=False)
+
+
+async def test_a_prompt_that_is_too_long_for_one_goes_to_those_with_a_longer_context() -> None:
     too_long = ExpertRequestError("too long", code="context_length_exceeded")
-    assert await answer(FakeFleet(a=[too_long], b=[WHOLE]), stream=False) == [WHOLE]
+    fleet = FakeFleet(a=[too_long], b=[WHOLE], C=[WHOLE])
+    assert await answer(fleet, stream=False) == [WHOLE]
+    assert fleet.called == ["a", "C"]
     with pytest.raises(ExpertRequestError, match="too long"):
-        await answer(FakeFleet(a=[too_long], b=[DEAD]), stream=False)
+        await answer(FakeFleet(a=[too_long], b=[WHOLE]), stream=False)
 
 
-async def test_a_silent_expert_leaves_time_for_the_next() -> None:
-    fleet = FakeFleet(a=[30.0], b=[30.0], c=[WHOLE])
+async def test_a_plain_answer_may_take_all_the_time_there_is() -> None:
+    fleet = FakeFleet(a=[0.25, WHOLE], b=[WHOLE])
     assert await answer(fleet, stream=False, timeout_s=0.4) == [WHOLE]
+    assert fleet.called == ["a"]
+
+
+async def test_a_silent_stream_leaves_time_for_the_next() -> None:
+    fleet = FakeFleet(a=[30.0], b=[30.0], c=[chunk(content="x")])
+    assert await answer(fleet, stream=True, timeout_s=0.4) == [chunk(content="x")]
     budgets = [timeout for _, _, timeout in fleet.calls]
     assert budgets[0] == pytest.approx(0.4, abs=0.05)
     assert budgets[1] <= 0.25

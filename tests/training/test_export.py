@@ -9,7 +9,15 @@ from training.export import Export
 
 def entry(name: str, **changes: Any) -> dict[str, Any]:
     """An entry of the ledger, as the service writes it."""
-    return {"id": name, "at": 1e9, "status": 200, "text": f"question {name}", "calls": [call("a")], **changes}
+    return {
+        "id": name,
+        "key": "me",
+        "at": 1e9,
+        "status": 200,
+        "text": f"question {name}",
+        "calls": [call("a")],
+        **changes,
+    }
 
 
 def call(expert: str, error: str | None = None) -> dict[str, Any]:
@@ -18,7 +26,7 @@ def call(expert: str, error: str | None = None) -> dict[str, Any]:
 
 
 def test_a_rated_answer_becomes_a_row() -> None:
-    exported = Export([entry("x")], {"x": 0.75}, {"a"}, test_share=0.0)
+    exported = Export([entry("x")], {("x", "me"): 0.75}, {"a"}, test_share=0.0)
     (row,) = exported.rows
     assert (row.id, row.query, row.split) == ("x", "question x", "train")
     (observed,) = row.experts
@@ -29,7 +37,9 @@ def test_a_rated_answer_becomes_a_row() -> None:
 
 
 def test_the_expert_that_answered_after_another_failed_gets_the_rating() -> None:
-    exported = Export([entry("x", calls=[call("a", "down"), call("b")])], {"x": 1.0}, {"a", "b"}, test_share=1.0)
+    exported = Export(
+        [entry("x", calls=[call("a", "down"), call("b")])], {("x", "me"): 1.0}, {"a", "b"}, test_share=1.0
+    )
     assert [(row.experts[0].expert, row.split) for row in exported.rows] == [("b", "test")]
 
 
@@ -37,17 +47,20 @@ def test_what_says_nothing_of_one_experts_quality_is_left_out_and_counted() -> N
     entries = [
         entry("failed", status=503),
         entry("unrated"),
+        entry("foreign"),
         entry("secret", text=None),
         entry("mixture", calls=[call("a"), call("b")]),
         entry("cached", calls=[]),
         entry("gone", calls=[call("z")]),
     ]
-    ratings = {one["id"]: 1.0 for one in entries if one["id"] != "unrated"}
+    ratings = {
+        (one["id"], "other" if one["id"] == "foreign" else "me"): 1.0 for one in entries if one["id"] != "unrated"
+    }
     exported = Export(entries, ratings, {"a", "b"}, test_share=0.3)
     assert not exported.rows
     assert exported.left_out == {
         "failed": 1,
-        "not rated": 1,
+        "not rated": 2,
         "text not kept": 1,
         "not one expert's answer": 2,
         "expert no longer there": 1,

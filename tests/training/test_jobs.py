@@ -22,7 +22,9 @@ import pytest
 import yaml
 
 from router_service.serve.environment import free_ports
+from tests.experts.embedding.encoders import save_encoder
 from tests.experts.upstream import run_upstream
+from tests.training.retriever.corpora import save_corpus
 from tests.training.tables import CARDS, small_table
 from training.errors import SubmitError
 from training.jobs import job_server
@@ -95,9 +97,9 @@ def swapped(table: Path, folder: Path) -> Path:
     return folder
 
 
-async def train(environment: dict[str, str], *arguments: str) -> dict[str, Any]:
-    """Runs `router-service train knn ... --json`; its manifest."""
-    command = [*COMMAND, "train", "knn", *arguments, "--json"]
+async def train(environment: dict[str, str], *arguments: str, trainer: str = "knn") -> dict[str, Any]:
+    """Runs `router-service train TRAINER ... --json`; its manifest."""
+    command = [*COMMAND, "train", trainer, *arguments, "--json"]
     process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=asyncio.subprocess.PIPE)
     output, _ = await process.communicate()
     assert process.returncode == 0
@@ -220,3 +222,19 @@ def test_the_swapped_table_is_one(tmp_path: Path) -> None:
     table = small_table(tmp_path / "table", 10)
     one, other = load_table(table), load_table(swapped(table, tmp_path / "swapped"))
     assert (one.train.quality == other.train.quality[:, ::-1]).all()
+
+
+@pytest.mark.slow
+async def test_a_retriever_trains_as_a_job(ray_head: dict[str, str], tmp_path: Path) -> None:
+    options = {
+        "encoder": {"model": str(save_encoder(tmp_path / "encoder"))},
+        "adapter": {"rank": 2, "batch_size": 4, "max_steps": 3},
+        "pilot_queries": 6,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
+    environment = {**ray_head, "ROUTER_CACHE_DIR": str(tmp_path / "cache")}
+    corpus = save_corpus(tmp_path / "air")
+    arguments = ["--corpus", str(corpus), "--out", str(tmp_path / "out"), "--config", str(tmp_path / "config.yaml")]
+    manifest = await train(environment, *arguments, "--submit", trainer="retriever")
+    assert manifest["domains"]["air"]["steps"] == 3
+    assert (tmp_path / "out" / "router" / "router.safetensors").is_file()

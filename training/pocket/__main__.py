@@ -50,8 +50,11 @@ def _grade(args: argparse.Namespace) -> None:
     if args.each:
         for right in grade_each(_read_lines(sys.stdin)):
             _print(json.dumps({"right": right}))
-    else:
-        _print(json.dumps(grade(_read_lines(sys.stdin))))
+        return
+    graded = grade(_read_lines(sys.stdin))
+    if graded["overall"] is None:
+        raise PocketError("there is nothing to grade: one JSON line for each response is read from standard input")
+    _print(json.dumps(graded))
 
 
 def _train(args: argparse.Namespace) -> None:
@@ -105,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     sub = command("sample", _sample, "Print fresh questions as JSON lines: id, skills, query, answer.")
-    sub.add_argument("--n", type=int, default=10, help="how many")
+    sub.add_argument("--n", type=_count, default=10, help="how many")
     sub.add_argument("--kind", choices=("one", "two"), default="one", help="how many skills a question needs")
     sub.add_argument("--split", choices=("held_out", "train"), default="held_out")
     sub = command(
@@ -127,6 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     _add_folders(command("observe", _observe, "Write the observation table that routers are fitted on."))
     _add_folders(command("build", _build, "Train, measure and observe the whole fleet."))
     return parser
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return count
 
 
 def _add_folders(parser: argparse.ArgumentParser) -> None:

@@ -8,22 +8,32 @@ from random import Random
 from typing import Literal
 
 from training.pocket.composed import COMPOSITIONS, ask_two
-from training.pocket.questions import Question, Split, UnknownQuestionError, clean_answer, pattern
+from training.pocket.questions import PocketError, Question, Split, UnknownQuestionError, clean_answer, pattern
 from training.pocket.skills import SKILLS
 
 Kind = Literal["one", "two"]
+_MOST_REPEATED = 10_000  # in a row
 
 
 def sample(seed: int, count: int, kind: Kind = "one", split: Split = "held_out") -> Iterator[Question]:
-    """Different questions of a split: uniform over the skills, or of two skills each. The same for the same seed."""
+    """Different questions of a split: uniform over the skills, or of two skills each. The same for the same seed.
+
+    Raises `PocketError` once there seem to be no more.
+    """
     rng = Random(f"sample:{kind}:{split}:{seed}")
     skills = list(SKILLS.values())
     seen: set[str] = set()
+    repeated = 0
     while len(seen) < count:
         question = rng.choice(skills).ask(rng, split) if kind == "one" else ask_two(rng, split)
-        if question.id not in seen:
-            seen.add(question.id)
-            yield question
+        if question.id in seen:
+            repeated += 1
+            if repeated == _MOST_REPEATED:
+                raise PocketError(f"there are no {count} different questions of this kind: {len(seen)} were found")
+            continue
+        repeated = 0
+        seen.add(question.id)
+        yield question
 
 
 def is_right(question_skills: Iterable[str], answer: str, response: str) -> bool:

@@ -157,7 +157,7 @@ async def test_experts_that_are_down_are_tried_last(redis_server: RedisProcess) 
         assert [candidate["expert"] for candidate in decision["ranking"]] == ["other", "good"]
         assert "tried last, being down: good" in decision["reason"]
         other.up = False
-        service.application.service.health.suspect()
+        service.application.service.health.suspect(["other"])
         await eventually(lambda: _says(service, "every expert is down"))
         assert (await service.chat()).status_code == 200  # both are tried nevertheless
 

@@ -1,0 +1,146 @@
+"""The experts of one encoder: it and each of its adapters.
+
+What waits for the encoder is computed together, whoever asked: texts for different adapters share a batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+
+import torch
+
+from experts.embedding.adapters import AdaptedEncoder
+from experts.embedding.encoder import EmbedderConfig, Encoder, EncoderFiles, FloatArray
+from experts.embedding.request import EmbeddingRequest, reply
+from experts.errors import ExpertConfigError, ExpertRequestError, ExpertTimeoutError, ExpertUnavailableError
+from experts.expert import Expert, ExpertRequest, Part, Usage
+from experts.fleet import EncoderSource, ExpertGroup, FleetEntry
+from experts.shared import Shared
+
+_TEXTS_PER_BATCH = 512
+
+
+def build_encoder(group: ExpertGroup) -> dict[str, Expert]:
+    """Load an encoder with its adapters: one expert each, by name. Raises `ExpertConfigError`."""
+    source = group.head.encoder or EncoderSource()
+    config = EmbedderConfig(model=source.model, max_tokens=source.max_tokens, pooling=source.pooling)
+    files = EncoderFiles.find(config)
+    encoder = AdaptedEncoder(Encoder(files, config))
+    encoder.load({entry.name: _folder(entry) for entry in group.adapters})
+    # As long as requests are, so that the first of them finds the kernels built.
+    encoder.encode(encoder.tokenize(["warm up " * 32] * len(group.entries)), [None, *encoder.names])
+    runtime = Runtime(encoder, files.dimensions, max_queue=source.max_queue, threads=ceil(group.resources.cpus))
+    shared = Shared(runtime, runtime.close)
+    adapters = [None, *(entry.name for entry in group.adapters)]
+    return {
+        entry.name: EmbeddingExpert(entry, adapter, shared)
+        for entry, adapter in zip(group.entries, adapters, strict=True)
+    }
+
+
+def _folder(entry: FleetEntry) -> Path:
+    path = Path(entry.adapter.path if entry.adapter else "")
+    if not path.is_dir():
+        raise ExpertConfigError(f"expert {entry.name!r}: there is no folder {str(path)!r}")
+    return path
+
+
+@dataclass(slots=True)
+class _Job:
+    texts: Sequence[str]
+    adapter: str | None
+    done: Future[tuple[FloatArray, int]] = field(default_factory=Future)
+
+
+class Runtime:
+    """What the experts of one encoder share: the encoder, with its one thread. `encoder` takes adapters at any time."""
+
+    def __init__(self, encoder: AdaptedEncoder, dimensions: int, *, max_queue: int, threads: int) -> None:
+        self.encoder = encoder
+        self.dimensions = dimensions
+        self._max_queue = max_queue
+        self._waiting: list[_Job] = []
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="encoder", initializer=torch.set_num_threads, initargs=(max(1, threads),)
+        )
+
+    async def encode(self, texts: Sequence[str], adapter: str | None) -> tuple[FloatArray, int]:
+        """Unit vectors [len(texts), D], and how many tokens were read. Raises `ExpertUnavailableError`."""
+        if sum(len(job.texts) for job in self._waiting) + len(texts) > self._max_queue:
+            raise ExpertUnavailableError(f"{self._max_queue} texts wait, which is the limit", retry_after_s=1.0)
+        job = _Job(texts, adapter)
+        self._waiting.append(job)
+        self._thread.submit(self._run)
+        return await asyncio.wrap_future(job.done)
+
+    async def close(self) -> None:
+        """End the thread once its batch is done."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _run(self) -> None:
+        """Compute what waits now; every job submits one run, so that what is left here has its own still to come."""
+        jobs: list[_Job] = []
+        while self._waiting and sum(len(job.texts) for job in jobs) < _TEXTS_PER_BATCH:
+            job = self._waiting.pop(0)
+            if job.done.set_running_or_notify_cancel():
+                jobs.append(job)
+        if not jobs:
+            return
+        try:
+            results = self._encode(jobs)
+        except (ExpertConfigError, RuntimeError) as error:
+            for job in jobs:
+                job.done.set_exception(ExpertUnavailableError(f"the encoder failed: {error}"))
+            return
+        for job, result in zip(jobs, results, strict=True):
+            job.done.set_result(result)
+
+    def _encode(self, jobs: Sequence[_Job]) -> list[tuple[FloatArray, int]]:
+        tokens = self.encoder.tokenize([text for job in jobs for text in job.texts])
+        vectors = self.encoder.encode(tokens, [job.adapter for job in jobs for _ in job.texts])
+        results, start = [], 0
+        for job in jobs:
+            own = slice(start, start + len(job.texts))
+            results.append((vectors[own], sum(map(len, tokens[own]))))
+            start = own.stop
+        return results
+
+
+class EmbeddingExpert:
+    """An encoder in this process: as it is (`adapter` None), or through one of its adapters."""
+
+    def __init__(self, entry: FleetEntry, adapter: str | None, shared: Shared[Runtime]) -> None:
+        self._name = entry.name
+        self._adapter = adapter
+        self._shared = shared.hold()
+
+    async def generate(self, request: ExpertRequest) -> AsyncIterator[Part]:
+        """Refused: an encoder makes embeddings."""
+        message = f"expert {self._name!r} makes embeddings and answers nothing"
+        raise ExpertRequestError(message, param="model", code="unsupported_endpoint")
+        yield Part(b"")
+
+    async def embed(self, request: ExpertRequest) -> Part:
+        """Answer an embeddings request."""
+        runtime = self._shared.resource
+        asked = EmbeddingRequest.parse(request.body, runtime.dimensions)
+        try:
+            async with asyncio.timeout(request.timeout_s):
+                vectors, tokens = await runtime.encode(asked.texts, self._adapter)
+        except TimeoutError as error:
+            raise ExpertTimeoutError(f"expert {self._name!r} did not answer in time") from error
+        usage = Usage(input_tokens=tokens)
+        return Part(reply(self._name, vectors, usage, as_base64=asked.as_base64), usage)
+
+    async def healthy(self) -> bool:
+        """Whether its adapter is loaded."""
+        return self._adapter is None or self._adapter in self._shared.resource.encoder.names
+
+    async def close(self) -> None:
+        """Let go of the encoder; the last of its experts to do so ends its thread."""
+        await self._shared.release()

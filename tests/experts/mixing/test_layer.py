@@ -1,0 +1,220 @@
+"""The layer against the definition in float64, and against what PEFT makes of the same adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from some_mixtures import some_mixture
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import AutoModelForCausalLM
+
+from experts.errors import MixingError
+from experts.mixing import GATES, LayerAdapter, Mixture, RequestMixture, fresh_adapters, install_mixture
+from experts.mixing.layer import MixedLoraLinear
+
+LAYER = "model.layers.1.mlp.up_proj"
+Adapters = Mapping[str, Mapping[str, LayerAdapter]]
+
+
+def exact(layer: MixedLoraLinear, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """The layer's definition, token by token, in float64."""
+    y = nn.functional.linear(x.double(), layer.base_layer.weight.double())
+    for t, i in (indices >= 0).nonzero().tolist():
+        part = layer.part(layer.adapters[int(indices[t, i])])
+        y[t] += weights[t, i].double() * part.scale * (part.b.double() @ (part.a.double() @ x[t].double()))
+    return y
+
+
+def error(y: Tensor, reference: Tensor) -> float:
+    return float((y.detach().double() - reference.detach()).norm() / reference.detach().norm())
+
+
+@pytest.mark.parametrize("gate", sorted(set(GATES) - {"smora", "flylora", "static"}))
+def test_a_layer_is_the_sum_that_mixing_is_defined_as(gate: str, model: nn.Module, adapters: Adapters) -> None:
+    mixture = some_mixture(model, adapters, gate)
+    name = next(iter(mixture.gates))
+    layer = mixture.layers[name]
+    x = torch.randn(9, layer.base_layer.in_features, generator=torch.Generator().manual_seed(1))
+    routing = mixture.gates[name](x)
+    assert error(layer(x), exact(layer, x, routing.indices, routing.weights)) < 1e-5
+    assert error(layer(x[None, 2:4]), exact(layer, x, routing.indices, routing.weights)[None, 2:4]) < 1e-5
+
+
+def test_smora_is_the_sum_over_ranks(model: nn.Module) -> None:
+    mixture = some_mixture(model, fresh_adapters(model, "smora", rank=16), "smora")
+    layer, gate = mixture.layers[LAYER], mixture.gates[LAYER]
+    gate.bias.copy_(torch.randn(16, generator=torch.Generator().manual_seed(3)) * 0.1)
+    x = torch.randn(7, 32)
+    part = layer.part(0)
+    scores = (x.double() @ gate.weight.double().T).sigmoid()
+    y = nn.functional.linear(x.double(), layer.base_layer.weight.double())
+    alpha = part.scale * 16
+    for t in range(7):
+        chosen = (scores[t] + gate.bias.double()).topk(8).indices
+        weights = scores[t, chosen] / scores[t, chosen].sum() * 8
+        for rank, weight in zip(chosen.tolist(), weights, strict=True):
+            y[t] += weight * alpha / 8 * (part.a[rank].double() @ x[t].double()) * part.b[:, rank].double()
+    assert error(layer(x), y) < 1e-5
+
+
+def test_flylora_is_the_sum_over_the_largest_activations(model: nn.Module) -> None:
+    mixture = some_mixture(model, fresh_adapters(model, "flylora", rank=16), "flylora")
+    layer, gate = mixture.layers[LAYER], mixture.gates[LAYER]
+    gate.bias.copy_(torch.randn(16, generator=torch.Generator().manual_seed(3)) * 0.1)
+    part, x = layer.part(0), torch.randn(7, 32)
+    assert part.scale == 2
+    assert ((part.a != 0).sum(1) == 8).all()
+    h = x.double() @ part.a.double().T
+    kept = torch.zeros_like(h).scatter(1, (h + gate.bias.double()).topk(8).indices, 1.0)
+    y = nn.functional.linear(x.double(), layer.base_layer.weight.double()) + 2 * (h * kept) @ part.b.double().T
+    assert error(layer(x), y) < 1e-5
+
+
+def test_requests_of_all_kinds_share_a_batch(model: nn.Module, adapters: Adapters, tokens: Tensor) -> None:
+    mixture = some_mixture(model, adapters, "arrow")
+    wishes = [
+        RequestMixture(),
+        RequestMixture.only("b"),
+        RequestMixture(weights={"a": 0.5, "d": -0.25}),
+        RequestMixture.base(),
+        RequestMixture(bias={"c": 3.0, "a": float("-inf")}),
+    ]
+    batch = tokens[:1].expand(5, -1)
+    with torch.no_grad():
+        with mixture.requests(wishes):
+            together = model(batch).logits
+        for row, wish in enumerate(wishes):
+            with mixture.requests([wish]):
+                alone = model(batch[:1]).logits
+            torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
+        assert len({round(float(row.norm()), 3) for row in together}) == 5
+
+
+def test_tokens_of_several_requests_lie_side_by_side(model: nn.Module, adapters: Adapters) -> None:
+    layer = some_mixture(model, adapters, "arrow").layers[LAYER]
+    x = torch.randn(6, 32)
+    state = layer._state
+    state.set([RequestMixture.only("a"), RequestMixture.only("c")], request_of_token=torch.tensor([0, 1, 1, 0, 1, 0]))
+    y = layer(x)
+    state.set([RequestMixture.only("c")])
+    torch.testing.assert_close(y[[1, 2, 4]], layer(x[[1, 2, 4]]), rtol=1e-5, atol=1e-5)
+    state.set([RequestMixture.only("a")] * 2, request_of_token=torch.tensor([0, 1]))
+    with pytest.raises(MixingError, match="names 2 tokens, not 6"):
+        layer(x)
+    state.set([RequestMixture()] * 4)
+    layer(x)  # gated without bias: no row is looked up
+    state.set([RequestMixture.base()] * 4)
+    with pytest.raises(MixingError, match="6 tokens are no batch of 4 rows"):
+        layer(x)
+
+
+def test_a_row_of_one_adapter_equals_pefts_adapter_names(
+    base_folder: Path, tmp_path: Path, model: nn.Module, adapters: Adapters, tokens: Tensor
+) -> None:
+    mixture = some_mixture(model, adapters, "static")
+    mixture.save(tmp_path)
+    with torch.no_grad(), mixture.requests([RequestMixture.only(name) for name in "cab"]):
+        y = model(tokens).logits
+        with torch.no_grad():
+            expected = peft_model(base_folder, tmp_path)(tokens, adapter_names=list("cab")).logits
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_static_mixture_equals_pefts_merging_by_concatenation(
+    base_folder: Path, tmp_path: Path, model: nn.Module, adapters: Adapters, tokens: Tensor
+) -> None:
+    weights = {"a": 0.5, "b": 1.5, "c": 0.25}
+    mixture = some_mixture(model, adapters, "static", {"weights": weights})
+    mixture.save(tmp_path)
+    peft = peft_model(base_folder, tmp_path)
+    peft.add_weighted_adapter(list(weights), list(weights.values()), "merged", combination_type="cat")
+    peft.set_adapter("merged")
+    with torch.no_grad():
+        y, expected = model(tokens).logits, peft(tokens).logits
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_arrow_equals_pefts_arrow(base_folder: Path, tmp_path: Path, model: nn.Module, tokens: Tensor) -> None:
+    from models import save_adapter
+    from peft import ArrowConfig, create_arrow_model
+
+    from experts.mixing import read_adapters
+
+    folders = {name: save_adapter(base_folder, tmp_path / name, seed=e) for e, name in enumerate("abc")}
+    mixture = install_mixture(model, read_adapters(folders, model), "arrow", {"k": 2})
+    arrow = create_arrow_model(
+        base_model=AutoModelForCausalLM.from_pretrained(base_folder),
+        task_specific_adapter_paths=[str(folder) for folder in folders.values()],
+        arrow_config=ArrowConfig(top_k=2, router_temperature=1.0),
+    ).eval()
+    with torch.no_grad():
+        arrow(tokens)  # PEFT makes its prototypes in the first pass, by a few power iterations
+        for name, gate in mixture.gates.items():
+            gate.prototypes.copy_(arrow.base_model.model.get_submodule(name).lora_arrow["arrow_router"].prototypes)
+        torch.testing.assert_close(model(tokens).logits, arrow(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def peft_model(base: Path, mixture: Path) -> Any:
+    """The saved adapters on the same base, by PEFT."""
+    first, *rest = sorted((mixture / "adapters").iterdir())
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), first, adapter_name=first.name)
+    for folder in rest:
+        peft.load_adapter(folder, adapter_name=folder.name)
+    return peft.eval()
+
+
+@pytest.mark.parametrize("gate", list(GATES))
+def test_gradients_reach_what_the_method_learns_and_nothing_else(
+    gate: str, model: nn.Module, adapters: Adapters, tokens: Tensor
+) -> None:
+    mixture = made_for(model, gate, adapters)
+    learned = mixture.prepare_training()
+    assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in learned}
+    assert bool(learned) == (mixture.gate.learns != "nothing")
+    if learned:
+        if mixture.gate.learns_alone:
+            mixture.state.set([RequestMixture.only(name) for name in "abc"])
+            mixture.state.solo = True
+        loss = model(tokens).logits.log_softmax(-1)[..., 7].mean()
+        loss.backward()
+        without = [p for p in learned if p.grad is None or not bool(p.grad.any())]
+        assert not without
+
+
+def made_for(model: nn.Module, gate: str, adapters: Adapters) -> Mixture:
+    """The method over adapters that it can take."""
+    ranks = gate in ("smora", "flylora")
+    return some_mixture(model, fresh_adapters(model, gate, rank=16) if ranks else adapters, gate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gate", list(GATES))
+def test_a_compiled_model_gives_the_same_without_a_graph_break(
+    gate: str, model: nn.Module, adapters: Adapters, tokens: Tensor
+) -> None:
+    made_for(model, gate, adapters)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        expected = [model(tokens).logits, model(tokens + 1).logits]
+        torch.testing.assert_close([compiled(tokens).logits, compiled(tokens + 1).logits], expected)
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_model_serves_requests_of_their_own(model: nn.Module, adapters: Adapters, tokens: Tensor) -> None:
+    mixture = some_mixture(model, adapters, "glider")
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    for bias in (0.5, 2.0):
+        wishes = [RequestMixture(bias={"a": bias}), RequestMixture.only("b"), RequestMixture.base()]
+        with torch.no_grad(), mixture.requests(wishes):
+            torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits)
+    assert counter.frame_count == 1

@@ -1,0 +1,192 @@
+"""Embeddings and search over HTTP: a real encoder with adapters, the router between them, an index on disk."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+import yaml
+
+from experts.build import build_experts
+from experts.cards import ExpertCard
+from experts.embedding.encoder import EmbedderConfig, EncoderFiles
+from experts.embedding.index import Document, DocumentIndex
+from experts.errors import ExpertUnavailableError
+from experts.expert import Expert
+from experts.fleet import Fleet, load_fleet
+from routers.contracts import Observations
+from routers.embedder import Embedder
+from routers.policy import Policy
+from routers.registry import AnyRouter, create_router
+from tests.experts.embedding.encoders import save_encoder, save_lora
+from tests.router_service.fakes import FakeExpert, RedisProcess
+from tests.router_service.serving import Running, best_router, policy, serving
+
+pytestmark = pytest.mark.slow
+
+AIR, MED = ["wing flow shock", "flow wing noise", "shock wing"], ["blood cell", "cell blood lung", "lung blood"]
+POLICY = {"serves": "embeddings", "router": {"name": "router_retriever"}, "objective": {"quality": 1, "cost": 0}}
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    folder = tmp_path_factory.mktemp("fleet")
+    encoder = save_encoder(folder / "encoder")
+    experts = [{"name": "search", "encoder": {"model": "./encoder"}, "input_price": 1.0}]
+    for seed, name in enumerate(("air", "med")):
+        save_lora(encoder, folder / name, seed=seed)
+        experts.append({"name": name, "adapter": {"base": "search", "path": f"./{name}"}, "input_price": 1.0})
+    (folder / "fleet.yaml").write_text(yaml.safe_dump({"experts": experts}))
+    return load_fleet(folder / "fleet.yaml")
+
+
+def encoder_of(fleet: Fleet) -> EmbedderConfig:
+    source = fleet.experts[0].encoder
+    return EmbedderConfig(model=source.model if source else "")
+
+
+def router_of(fleet: Fleet) -> AnyRouter:
+    texts, nothing = [*AIR, *MED], np.full((6, 3), np.nan, np.float32)
+    quality = np.array([[0.2, 0.9, 0.1]] * 3 + [[0.2, 0.1, 0.9]] * 3, np.float32)
+    table = Observations(
+        ids=texts,
+        texts=texts,
+        tasks=["air"] * 3 + ["med"] * 3,
+        cards=fleet.cards,
+        quality=quality,
+        cost_usd=np.zeros_like(quality),
+        input_tokens=nothing,
+        output_tokens=nothing,
+        latency_s=nothing,
+    )
+    config = encoder_of(fleet)
+    return create_router("router_retriever", {"embedder": config}, embedder=Embedder(config)).fit(table)
+
+
+@asynccontextmanager
+async def retrieving(
+    redis: RedisProcess, fleet: Fleet, *, index: Path | None = None, replaced: dict[str, Expert] | None = None
+) -> AsyncIterator[Running]:
+    """The fleet's experts beside one that chats, with the policies `auto` and `embeddings`."""
+    built = {**build_experts(fleet), **(replaced or {})}
+    for name, expert in built.items():
+        expert.name = name  # type: ignore[attr-defined]  # as the fakes have it
+    cards = {card.name: {"kind": card.kind, "input_price": card.input_price} for card in fleet.cards}
+    async with serving(
+        redis,
+        FakeExpert("chat"),
+        *built.values(),  # type: ignore[arg-type]
+        cards=cards,
+        policies=(policy(), Policy.model_validate({"name": "embeddings", **POLICY})),
+        load=lambda choice, _: router_of(fleet) if choice.name == "router_retriever" else best_router("chat", "chat"),
+        environment={"ROUTER_INDEX": str(index)} if index else None,
+    ) as running:
+        yield running
+
+
+async def test_each_text_goes_to_its_own_expert_and_the_answer_says_which(
+    redis_server: RedisProcess, fleet: Fleet
+) -> None:
+    texts = [MED[0], AIR[0], MED[1]]
+    async with retrieving(redis_server, fleet) as service:
+        response = await service.client.post("/v1/embeddings", json={"model": "auto", "input": texts})
+        answer = response.json()
+        assert [item["expert"] for item in answer["data"]] == ["med", "air", "med"]
+        assert [item["index"] for item in answer["data"]] == [0, 1, 2]
+        assert answer["usage"] == {"prompt_tokens": 4 + 5 + 5, "total_tokens": 14}
+        assert response.headers["x-router-expert"] == "med, air"
+        assert response.headers["x-router-policy"] == "embeddings"
+        assert response.headers["x-router-router"] == "router_retriever"
+        assert float(response.headers["x-router-cost-usd"]) == pytest.approx(14e-6)
+        for item, text in zip(answer["data"], texts, strict=True):
+            named = await service.client.post("/v1/embeddings", json={"model": item["expert"], "input": text})
+            np.testing.assert_allclose(named.json()["data"][0]["embedding"], item["embedding"], atol=2e-6)
+        entry = (await service.stream(count=4))[0]
+        assert entry["routed"] == ["med", "air", "med"]
+        assert entry["decision"]["ranking"][0]["expert"] == "med"
+        calls = {call["expert"]: (call["input_tokens"], call["why"]) for call in entry["calls"]}
+        assert calls == {
+            "med": (9, "the router chose it for 2 of 3 texts"),
+            "air": (5, "the router chose it for 1 of 3 texts"),
+        }
+
+
+async def test_openais_client_reads_it(redis_server: RedisProcess, fleet: Fleet) -> None:
+    async with retrieving(redis_server, fleet) as service:
+        client = openai.AsyncOpenAI(base_url=f"{service.url}/v1", api_key="none")
+        routed = await client.embeddings.create(model="auto", input=[AIR[1], MED[2]])  # asks for base64
+        plain = await client.embeddings.create(model="auto", input=[AIR[1], MED[2]], encoding_format="float")
+        for one, other in zip(routed.data, plain.data, strict=True):
+            np.testing.assert_allclose(one.embedding, other.embedding, atol=2e-6)
+            assert np.linalg.norm(one.embedding) == pytest.approx(1, abs=1e-5)
+        await client.close()
+
+
+async def test_where_an_expert_cannot_answer_the_next_of_the_ranking_does(
+    redis_server: RedisProcess, fleet: Fleet
+) -> None:
+    class DownExpert(FakeExpert):
+        async def embed(self, request: object) -> object:  # type: ignore[override]
+            raise ExpertUnavailableError("down")
+
+    async with retrieving(redis_server, fleet, replaced={"med": DownExpert("med")}) as service:  # type: ignore[dict-item]
+        response = await service.client.post("/v1/embeddings", json={"model": "auto", "input": [MED[0], AIR[0]]})
+        assert response.status_code == 200
+        assert [item["expert"] for item in response.json()["data"]][1] == "air"
+        assert response.json()["data"][0]["expert"] in ("search", "air")
+
+
+async def test_what_is_wrong_is_said(redis_server: RedisProcess, fleet: Fleet) -> None:
+    async with retrieving(redis_server, fleet) as service:
+        for body, status, what in [
+            ({"model": "auto", "input": [[1, 2, 3]]}, 400, "arrays of tokens are another tokenizer's"),
+            ({"model": "auto", "input": []}, 400, "must not be empty"),
+            ({"model": "med", "input": "x", "dimensions": 7}, 400, "vectors have 32, not 7"),
+            ({"model": "med", "input": "x", "encoding_format": "hex"}, 400, "float or base64"),
+            ({"model": "auto:auto", "input": "x"}, 400, "serves generation"),
+            ({"model": "chat", "input": "x"}, 400, "does not serve embeddings"),
+        ]:
+            response = await service.client.post("/v1/embeddings", json=body)
+            assert (response.status_code, what in response.json()["error"]["message"]) == (status, True), response.text
+        response = await service.chat("auto:embeddings")
+        assert "serves embeddings" in response.json()["error"]["message"]
+        response = await service.client.post("/v1/search", json={"query": "x"})
+        assert response.status_code == 404
+        assert "ROUTER_INDEX" in response.json()["error"]["message"]
+
+
+async def test_search_finds_documents_also_those_added_meanwhile(
+    redis_server: RedisProcess, fleet: Fleet, tmp_path: Path
+) -> None:
+    config = encoder_of(fleet)
+    embedder, files = Embedder(config), EncoderFiles.find(config)
+    index = DocumentIndex(tmp_path, dimensions=files.dimensions, encoder=files.fingerprint.hex())
+    index.add([Document(f"air/{i}", text) for i, text in enumerate(AIR)], embedder.embed(AIR))
+    async with retrieving(redis_server, fleet, index=tmp_path) as service:
+        body = {"model": "search", "query": [AIR[1], MED[0]], "top_k": 2}
+        response = await service.client.post("/v1/search", json=body)
+        first, second = response.json()["data"]
+        assert (first["hits"][0]["id"], first["hits"][0]["text"]) == ("air/1", AIR[1])
+        assert first["hits"][0]["score"] == pytest.approx(1, abs=1e-5)
+        assert len(second["hits"]) == 2
+        index.add([Document(f"med/{i}", text) for i, text in enumerate(MED)], embedder.embed(MED))
+        response = await service.client.post("/v1/search", json=body)
+        assert response.json()["data"][1]["hits"][0]["id"] == "med/0"
+        routed = await service.client.post("/v1/search", json={"query": [MED[0], AIR[0]], "router": {"trace": True}})
+        assert [result["expert"] for result in routed.json()["data"]] == ["med", "air"]
+        assert routed.json()["router"]["endpoint"] == "search"
+        assert routed.json()["usage"]["prompt_tokens"] == 9
+        ledger = await service.stream(count=3)
+        assert [entry["endpoint"] for entry in ledger] == ["search"] * 3
+        for wrong in ({"query": []}, {"query": "x", "top_k": 0}, {"query": "x", "k": 3}, {"query": " "}):
+            assert (await service.client.post("/v1/search", json=wrong)).status_code == 400
+
+
+def test_a_fleet_says_what_its_entries_are(fleet: Fleet) -> None:
+    assert [card.kind for card in fleet.cards] == ["embedding"] * 3
+    assert [group.name for group in fleet.groups] == ["search"]
+    assert all(isinstance(card, ExpertCard) for card in fleet.cards)

@@ -1,0 +1,276 @@
+"""What each gate is worth on the pocket skills: `python -m training.mixing.compare`.
+
+Every method trains by the same number of steps on the same questions of all skills and answers the same held-out ones.
+Beside the gates stand what they must beat: one LoRA of equal total rank (PEFT's own), equal weights for all adapters,
+random adapters, and the right adapter, known beforehand. Results are written as they come; the same command goes on
+with what is missing, and puts the table into docs/mixing.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from experts.mixing import Mixture, RequestMixture, install_mixture, load_mixture, read_adapters
+from experts.mixing.post_hoc import glider_bias
+from training.mixing.data import Example, dataset, read_examples
+from training.mixing.spec import MixtureSpec
+from training.mixing.train import REPORT_FILE, adamw, load_base, sft_config, train_mixture
+from training.pocket.fleet import FLEET
+from training.pocket.generate import respond
+from training.pocket.grading import is_right, sample
+from training.pocket.questions import Question
+from training.pocket.skills import SKILLS
+
+logger = logging.getLogger(__name__)
+
+RESULTS, DOCUMENT = Path("docs/results/mixing.json"), Path("docs/mixing.md")
+_BEGIN, _END = "<!-- accuracy -->", "<!-- end -->"
+WORK = Path.home() / ".cache" / "router-service" / "mixing"
+COMMAND = "python -m training.mixing.compare"
+STEPS, BATCH, QUESTIONS, SEEDS = 80, 32, 330, 3
+_ROWS = 110  # questions answered at once
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+JOINT: Mapping[str, Mapping[str, Any]] = {  # all of total rank 64 in each layer (mola: on the mean of the layers)
+    "mixlora": {"experts": 8, "rank": 8},
+    "mola": {"experts": (4, 7, 9, 12), "rank": 8},
+    "dynmole": {"experts": 8, "rank": 8},
+    "llava_mole": {"experts": 8, "rank": 8},
+    "dynamic": {"experts": 8, "rank": 8},
+    "smora": {"experts": 1, "rank": 64},
+    "flylora": {"experts": 1, "rank": 64},
+}
+GATE_ALONE = ("mole", "phatgoose")
+ADAPTERS = {name: FLEET / "adapters" / name for name in SKILLS}
+
+Answered = dict[str, float]
+
+
+class Comparison:
+    """One seed's runs."""
+
+    def __init__(self, seed: int, work: Path) -> None:
+        self.seed, self.work = seed, work / str(seed)
+        self.questions = list(sample(seed, QUESTIONS, "one", "held_out"))
+        self.data = self.work / "train.jsonl"
+        if not self.data.exists():
+            self.work.mkdir(parents=True, exist_ok=True)
+            self.data.write_text("".join(self._training_lines()))
+
+    def runs(self) -> dict[str, Callable[[], dict[str, Any]]]:
+        """Every method by name."""
+        return {
+            "base": self.base,
+            "right adapter": self.right,
+            "uniform": lambda: self.static({name: 1 / len(SKILLS) for name in SKILLS}),
+            "random": self.random,
+            "lora": lambda: self.lora(64),
+            "arrow": lambda: self.measure(self.specialists("arrow")),
+            **{gate: lambda gate=gate: self.trained(gate) for gate in GATE_ALONE},  # type: ignore[misc]
+            "glider": self.glider,
+            **{gate: lambda gate=gate: self.trained(gate) for gate in JOINT},  # type: ignore[misc]
+            "lora of all specialists' rank": lambda: self.lora(16 * len(SKILLS)),
+        }
+
+    def spec(self, gate: str) -> MixtureSpec:
+        own: dict[str, Any] = {"adapters": ADAPTERS} if gate in GATE_ALONE else {"targets": PROJECTIONS, **JOINT[gate]}
+        return MixtureSpec(
+            base=str(FLEET / "base"),
+            gate=gate,
+            data=self.data,
+            out=self.work / gate,
+            steps=STEPS,
+            batch=BATCH,
+            learning_rate=2e-3,
+            gate_learning_rate=5e-3,
+            seed=self.seed,
+            checkpoint_every=25,
+            **own,
+        )
+
+    def trained(self, gate: str) -> dict[str, Any]:
+        spec = self.spec(gate)
+        if not spec.out.exists():
+            train_mixture(spec, on_progress=_log_progress)
+        report = json.loads((spec.out / REPORT_FILE).read_text())
+        model, _ = load_base(spec)
+        kept = ("seconds_per_step", "learned_parameters", "gates")
+        return self.measure(load_mixture(model, spec.out)) | {name: report[name] for name in kept}
+
+    def specialists(self, gate: str, options: Mapping[str, Any] | None = None) -> Mixture:
+        """The shipped specialists under a gate."""
+        model, _ = load_base(self.spec("phatgoose"))
+        return install_mixture(model, read_adapters(ADAPTERS, model), gate, options)
+
+    def base(self) -> dict[str, Any]:
+        return self.static({})
+
+    def static(self, weights: Mapping[str, float]) -> dict[str, Any]:
+        return self.measure(self.specialists("static", {"weights": dict(weights)}))
+
+    def right(self) -> dict[str, Any]:
+        return self.measure(self.specialists("static"), lambda q: RequestMixture.only(q.skills[0]))
+
+    def random(self) -> dict[str, Any]:
+        """Two adapters drawn anew for each token and layer, with random weights."""
+        mixture = self.specialists("arrow", {"k": 2})
+        generator = torch.Generator().manual_seed(self.seed)
+        for gate in mixture.gates.values():
+            gate.score = lambda x: torch.randn(len(x), len(SKILLS), generator=generator)  # type: ignore[method-assign]
+        return self.measure(mixture)
+
+    def glider(self) -> dict[str, Any]:
+        """PHATGOOSE's gates, with the likeness of each question to the adapters' descriptions as bias."""
+        from routers.embedder import shared_embedder
+
+        mixture = self.specialists("glider")
+        trained = load_mixture(load_base(self.spec("phatgoose"))[0], self.work / "phatgoose")
+        for name, gate in mixture.gates.items():
+            gate.load_state_dict(trained.gates[name].state_dict())
+        embedder = shared_embedder()
+        descriptions = embedder.embed([skill.description for skill in SKILLS.values()])
+        vectors = embedder.embed([question.query for question in self.questions])
+        bias = glider_bias(torch.from_numpy(vectors @ descriptions.T)).tolist()
+        own = {q.id: dict(zip(SKILLS, row, strict=True)) for q, row in zip(self.questions, bias, strict=True)}
+        return self.measure(mixture, lambda q: RequestMixture(bias=own[q.id]))
+
+    def lora(self, rank: int) -> dict[str, Any]:
+        """PEFT's plain LoRA on all skills, by the same trainer."""
+        from peft import LoraConfig, get_peft_model
+        from trl import SFTTrainer
+
+        spec = self.spec("mixlora")
+        model, tokenizer = load_base(spec)
+        torch.manual_seed(self.seed)
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
+        model = get_peft_model(model, config)
+        learned = [p for p in model.parameters() if p.requires_grad]
+        trainer = SFTTrainer(
+            model=model,
+            args=sft_config(spec, self.work / f"lora-{rank}", on_cpu=True),
+            train_dataset=dataset(read_examples(self.data), (), alone=False),
+            processing_class=tokenizer,
+            optimizers=(adamw([{"params": learned, "lr": spec.learning_rate}]), None),
+        )
+        seconds = trainer.train().metrics["train_runtime"] / STEPS
+        measured = self._accuracy(lambda queries, _: _answers(model.eval(), tokenizer, queries))
+        return measured | {"seconds_per_step": seconds, "learned_parameters": sum(p.numel() for p in learned)}
+
+    def measure(self, mixture: Mixture, wish: Callable[[Question], RequestMixture] | None = None) -> dict[str, Any]:
+        """Accuracy of a mixture, each question with the request that `wish` makes of it."""
+        from transformers import AutoTokenizer
+
+        model, tokenizer = mixture.model.eval(), AutoTokenizer.from_pretrained(FLEET / "base")
+
+        def answer(queries: Sequence[str], part: Sequence[Question]) -> list[str]:
+            if wish is None:
+                return _answers(model, tokenizer, queries)
+            with mixture.requests([wish(question) for question in part]):
+                return _answers(model, tokenizer, queries)
+
+        return self._accuracy(answer)
+
+    def _accuracy(self, answer: Callable[[Sequence[str], Sequence[Question]], list[str]]) -> dict[str, Any]:
+        right: dict[str, list[bool]] = {}
+        ordered = sorted(self.questions, key=lambda question: len(question.query))
+        for start in range(0, len(ordered), _ROWS):
+            part = ordered[start : start + _ROWS]
+            for question, text in zip(part, answer([q.query for q in part], part), strict=True):
+                right.setdefault(question.skills[0], []).append(is_right(question.skills, question.answer, text))
+        every = [verdict for verdicts in right.values() for verdict in verdicts]
+        return {"accuracy": fmean(every), "skills": {name: fmean(right[name]) for name in sorted(right)}}
+
+    def _training_lines(self) -> Iterator[str]:
+        for q in sample(1000 + self.seed, STEPS * BATCH, "one", "train"):
+            yield Example(query=q.query, answer=q.answer, adapter=q.skills[0]).model_dump_json(exclude_none=True) + "\n"
+
+
+def _answers(model: Any, tokenizer: Any, queries: Sequence[str]) -> list[str]:
+    """In the order of the queries, which must be by length: `respond` then keeps the rows in place."""
+    return [response.text for response in respond(model, tokenizer, queries)]
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """Accuracy of every method as Markdown: mean, and each seed."""
+    lines = ["| method | accuracy | by seed |", "|---|---|---|"]
+    for method, own in results["accuracy"].items():
+        seeds = ", ".join(f"{value:.1%}" for value in own["seeds"].values())
+        lines.append(f"| {method} | {own['mean']:.1%} | {seeds} |")
+    return "\n".join(lines)
+
+
+def with_table(document: str, text: str) -> str:
+    """The document with `text` between its markers."""
+    before, rest = document.split(_BEGIN, 1)
+    return f"{before}{_BEGIN}\n{text}\n{_END}{rest.split(_END, 1)[1]}"
+
+
+def _log_progress(step: str, done: int, total: int) -> None:
+    if done % 25 == 0:
+        logger.info("%s %d/%d", step, done, total)
+
+
+def run(seeds: int, results: Path, work: Path, only: Sequence[str] = ()) -> dict[str, Any]:
+    """Run what is missing; the results file after each run."""
+    kept = json.loads(results.read_text()) if results.exists() else {}
+    runs: dict[str, dict[str, Any]] = kept.get("runs", {})
+    for seed in range(seeds):
+        for method, call in Comparison(seed, work).runs().items():
+            if (only and method not in only) or str(seed) in runs.get(method, {}):
+                continue
+            started = time.monotonic()
+            outcome = call()
+            logger.info("%s, seed %d: %.3f in %.0f s", method, seed, outcome["accuracy"], time.monotonic() - started)
+            runs.setdefault(method, {})[str(seed)] = outcome
+            kept = _results(runs)
+            _write(kept, results)
+    return kept
+
+
+def _write(kept: Mapping[str, Any], results: Path) -> None:
+    """Readable, with a line for each method's runs."""
+    head = json.dumps({name: value for name, value in kept.items() if name != "runs"}, indent=1)
+    lines = ",\n".join(f"{json.dumps(method)}: {json.dumps(own)}" for method, own in kept["runs"].items())
+    results.parent.mkdir(parents=True, exist_ok=True)
+    results.write_text(f'{head[:-2]},\n "runs": {{\n{lines}\n }}\n}}\n')
+
+
+def _results(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    summary = {
+        method: {
+            "mean": round(fmean(run["accuracy"] for run in own.values()), 4),
+            "seeds": {seed: round(run["accuracy"], 4) for seed, run in own.items()},
+        }
+        for method, own in runs.items()
+    }
+    setting = {"steps": STEPS, "batch": BATCH, "questions": QUESTIONS, "torch": torch.__version__}
+    return {"command": COMMAND, "setting": setting, "accuracy": summary, "runs": runs}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
+    parser.add_argument("methods", nargs="*", help="by default all")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--work", type=Path, default=WORK)
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    results = run(args.seeds, args.results, args.work, args.methods)
+    sys.stdout.write(table(results) + "\n")
+    if args.results == RESULTS:
+        DOCUMENT.write_text(with_table(DOCUMENT.read_text("utf-8"), table(results)), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

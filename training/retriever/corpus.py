@@ -1,0 +1,123 @@
+"""Retrieval collections in BEIR's layout.
+
+    DIR/corpus.jsonl[.gz]           {"_id", "title", "text"}
+    DIR/queries.jsonl[.gz]          {"_id", "text"}
+    DIR/qrels/train.tsv             judged training queries, where there are any
+    DIR/qrels/test.tsv, DIR/qrels.tsv   judged test queries: measured on, never trained on
+
+A line of judgments is `query-id <tab> corpus-id <tab> score`, after a header.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.errors import CorpusError
+
+Judged = Mapping[str, Mapping[str, int]]
+"""Query id -> document id -> grade; documents that are not relevant are left out."""
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """Documents of one domain, which is named as its folder is: `ids[i]` is the id of `texts[i]`."""
+
+    folder: Path
+    ids: Sequence[str]
+    texts: Sequence[str]
+
+    @property
+    def name(self) -> str:
+        """The domain's name."""
+        return self.folder.name
+
+
+def read_corpus(folder: Path) -> Corpus:
+    """The documents of a collection, title before text. Raises `CorpusError`, which names file and line."""
+    ids, texts = [], []
+    for path, number, row in _rows(_found(folder, "corpus.jsonl")):
+        title, text = row.get("title") or "", row.get("text")
+        if not isinstance(row.get("_id"), str) or not isinstance(text, str) or not isinstance(title, str):
+            raise CorpusError(f"{path}:{number}: a document has the strings _id and text, and may have a title")
+        ids.append(row["_id"])
+        texts.append(f"{title} {text}".strip())
+    if not ids:
+        raise CorpusError(f"{folder} has no documents")
+    if len(set(ids)) < len(ids):
+        raise CorpusError(f"{folder}: two documents have the same _id")
+    return Corpus(folder.resolve(), ids, texts)
+
+
+def read_queries(folder: Path, judged: Judged) -> dict[str, str]:
+    """The texts of the queries that `judged` knows, by id."""
+    texts: dict[str, str] = {}
+    for path, number, row in _rows(_found(folder, "queries.jsonl")):
+        if not isinstance(row.get("_id"), str) or not isinstance(row.get("text"), str):
+            raise CorpusError(f"{path}:{number}: a query has the strings _id and text")
+        texts[row["_id"]] = row["text"]
+    if lost := sorted(set(judged) - set(texts)):
+        raise CorpusError(f"{folder}: query {lost[0]!r} is judged, but has no text")
+    return {query: texts[query] for query in judged}
+
+
+def train_judgments(folder: Path) -> dict[str, dict[str, int]]:
+    """The judged training queries; empty where there are none."""
+    path = folder / "qrels" / "train.tsv"
+    return _judgments(path) if path.is_file() else {}
+
+
+def held_out_judgments(folder: Path) -> dict[str, dict[str, int]]:
+    """The judged test queries. Raises `CorpusError` where there are none."""
+    for path in (folder / "qrels" / "test.tsv", folder / "qrels.tsv"):
+        if path.is_file():
+            return _judgments(path)
+    raise CorpusError(f"{folder} has neither qrels/test.tsv nor qrels.tsv")
+
+
+def sha256_of(folder: Path) -> str:
+    """A hash of all that is trained on."""
+    digest = hashlib.sha256()
+    names = ("corpus.jsonl", "corpus.jsonl.gz", "queries.jsonl", "queries.jsonl.gz", "qrels/train.tsv")
+    judged = (folder / "qrels" / "train.tsv").is_file()
+    for name in names if judged else names[:2]:
+        if (path := folder / name).is_file():
+            digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _found(folder: Path, name: str) -> Path:
+    for path in (folder / name, folder / f"{name}.gz"):
+        if path.is_file():
+            return path
+    raise CorpusError(f"{folder} has neither {name} nor {name}.gz")
+
+
+def _rows(path: Path) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                row = json.loads(line)
+                if not isinstance(row, dict):
+                    raise CorpusError(f"{path}:{number}: a line holds a JSON object, not {type(row).__name__}")
+                yield path, number, row
+    except (OSError, EOFError, ValueError) as error:
+        raise CorpusError(f"{path} cannot be read as JSON lines: {error}") from error
+
+
+def _judgments(path: Path) -> dict[str, dict[str, int]]:
+    judged: dict[str, dict[str, int]] = {}
+    try:
+        lines = path.read_text("utf-8").splitlines()[1:]
+        for line in lines:
+            query, document, grade = line.split("\t")
+            if int(grade) > 0:
+                judged.setdefault(query, {})[document] = int(grade)
+    except (OSError, ValueError) as error:
+        raise CorpusError(f"{path}: lines are `query-id<tab>corpus-id<tab>score` after a header: {error}") from error
+    return judged
