@@ -247,3 +247,16 @@ def test_packed_adapters_come_out_as_they_went_in() -> None:
             assert torch.equal(packed_A[: len(A)], A)
             assert not packed_A[len(A) :].any()
             assert torch.equal(packed_B[:, : len(A)], B)
+
+
+@pytest.mark.parametrize("backend", ["loop", "cpp", "grouped", "stacked"])
+def test_no_temporary_holds_tokens_times_slots_times_outputs(backend: str) -> None:
+    tokens, slots, outputs = 2048, 4, 512
+    stack = random_stack([4] * 6, 64, [outputs])
+    indices, weights = random_choice(tokens, slots, 6)
+    x = torch.randn(tokens, 64)
+    mixed_lora(x, stack, indices, weights, backend=backend)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        mixed_lora(x, stack, indices, weights, backend=backend)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert tokens * outputs * 4 <= largest <= tokens * slots * outputs * 4 / 2  # y, and at most twice of it at once
