@@ -6,6 +6,7 @@ As `training.results` does for the baselines: one JSON file per experiment in do
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import sys
 import time
@@ -23,16 +24,18 @@ from experts.cards import ExpertCard
 from routers.contracts import Estimates, FloatArray, Observations, Query
 from routers.embedder import Embedder, shared_embedder
 from routers.registry import AnyRouter, create_router
+from training.doc_tables import fill_tables, markdown
 from training.evaluation import Bench, Evaluation, mean_over_seeds
 from training.left_out import add_some
 from training.metrics import REWARD_SETTINGS, Floats
 from training.observations import Table, load_table
 from training.report import Json, interval
-from training.results import BASELINES, data_folder, write
+from training.results import BASELINES, RESULTS, data_folder, write
 
 TABLES = ("frontier15", "open9", "pair-mmlu")
 SEEDS = range(5)
 SETTINGS = Path("deploy/routers")
+DOCUMENT = Path("docs/graph_router.md")
 
 _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "as it is": {},
@@ -42,6 +45,9 @@ _VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "with messages along each expert's own directions": {"own_directions": True},
     "one direction instead of 32": {"directions": 1},
 }
+_PLAIN_KNN: Mapping[str, Any] = {"k": 100, "temperature": 0.2, "text_weight": 0}
+"""kNN on embeddings alone, as the field knows it."""
+
 _FIGURES = ("aiq", "quality", "performance_first", "balance", "cost_first")
 _SCALE = {"experts": 1000, "queries": 100_000, "each": 10}
 
@@ -52,6 +58,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("experiment", nargs="*", choices=["", *_EXPERIMENTS], help="by default all of them")
     for name in parser.parse_args(arguments).experiment or _EXPERIMENTS:
         write(f"graph-{name}", _EXPERIMENTS[name](), command=f"python -m training.graph_results {name}")
+    DOCUMENT.write_text(with_tables(DOCUMENT.read_text("utf-8")), "utf-8")
+
+
+def with_tables(document: str) -> str:
+    """`document` with its comparisons made from the JSON files that there are."""
+
+    def table_of(name: str) -> str | None:
+        path = RESULTS / f"{name}.json"
+        return _comparison(json.loads(path.read_bytes())["results"]) if path.is_file() else None
+
+    return fill_tables(document, table_of)
+
+
+def _comparison(results: Json) -> str:
+    keys = ("aiq", "performance_first", "balance", "cost_first")
+    head = ["AIQ", "Performance First", "Balance", "Cost First"]
+
+    def rows(found: Json, style: str) -> list[list[str]]:
+        return [
+            [
+                name,
+                *(
+                    f"{one[key]['value']:{style}} ({one[key]['low']:{style}} to {one[key]['high']:{style}})"
+                    for key in keys
+                ),
+            ]
+            for name, one in found.items()
+        ]
+
+    return "\n\n".join([
+        markdown(["router", *head], rows(results["routers"], ".3f")),
+        markdown(["graph_router less", *head], rows(results["graph_router_less"], "+.4f")),
+    ])  # fmt: skip
 
 
 def _fitted(table: Table, name: str, options: Mapping[str, Any], *, embedder: Embedder | None = None) -> AnyRouter:
@@ -76,11 +115,14 @@ def _compared(name: str) -> Json:
     table = load_table(data_folder(name))
     bench = Bench(table)
     found = {router: _figures_of(_measured(bench, table, router, SEEDS, {})) for router in (*BASELINES, "graph_router")}
+    found["knn of 100"] = _figures_of(_measured(bench, table, "knn", SEEDS[:1], _PLAIN_KNN))
     graph = found["graph_router"]
     return {
         "routers": {router: _intervals(figures) for router, figures in found.items()},
         "graph_router_less": {
-            router: _intervals({key: graph[key] - found[router][key] for key in _FIGURES}) for router in BASELINES
+            router: _intervals({key: graph[key] - found[router][key] for key in _FIGURES})
+            for router in found
+            if router != "graph_router"
         },
     }
 

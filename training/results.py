@@ -24,6 +24,7 @@ import numpy as np
 from routers.embedder import shared_embedder
 from routers.registry import create_router, router_class
 from training.compositions import against_cluster, against_linear, read_intents
+from training.doc_tables import fill_tables, markdown
 from training.evaluation import Bench, evaluate
 from training.left_out import COUNTS, LeftOutReport, left_out
 from training.metrics import Floats
@@ -223,14 +224,13 @@ _EXPERIMENTS: Mapping[str, Callable[[], Any]] = {
 def with_tables(document: str, results: Path) -> str:
     """`document` with what stands between `<!-- NAME -->` and `<!-- end -->` made from NAME.json, where it is there."""
 
-    def replaced(found: re.Match[str]) -> str:
-        path = results / f"{found['name']}.json"
+    def table_of(name: str) -> str | None:
+        path = results / f"{name}.json"
         if not path.is_file():
-            return found[0]
-        table = _TABLES.get(found["name"], _evaluation_table)(json.loads(path.read_bytes())["results"])
-        return f"<!-- {found['name']} -->\n\n{table}\n\n<!-- end -->"
+            return None
+        return _TABLES.get(name, _evaluation_table)(json.loads(path.read_bytes())["results"])
 
-    return re.sub(r"<!-- (?P<name>[\w-]+) -->\n(?:(?!<!--).)*<!-- end -->", replaced, document, flags=re.DOTALL)
+    return fill_tables(document, table_of)
 
 
 def _evaluation_table(results: list[Json]) -> str:
@@ -238,7 +238,7 @@ def _evaluation_table(results: list[Json]) -> str:
     rows += [(name, figures) for name, figures in results[0]["references"].items()]
     used = {key: head for key, head in _FIGURES.items() if any(row[key] for _, row in rows)}
     head = ["router", *used.values(), "ECE"]
-    return _markdown(head, [[name, *(_cell(row[key], key) for key in used), _error(row)] for name, row in rows])
+    return markdown(head, [[name, *(_cell(row[key], key) for key in used), _error(row)] for name, row in rows])
 
 
 def _error(row: Json) -> str:
@@ -255,7 +255,7 @@ def _validation_table(results: list[Json]) -> str:
         ]
         for found in results
     ]
-    return _markdown(["table", "router", "embeddings alone", "with text features", "difference"], rows)
+    return markdown(["table", "router", "embeddings alone", "with text features", "difference"], rows)
 
 
 def _speed_table(results: list[Json]) -> str:
@@ -267,7 +267,7 @@ def _speed_table(results: list[Json]) -> str:
         ]
         for found in results
     ]
-    return _markdown(["router", "decision p50", "decision p99", "evaluating on open9"], rows)
+    return markdown(["router", "decision p50", "decision p99", "evaluating on open9"], rows)
 
 
 def _milliseconds(found: Json) -> str:
@@ -281,7 +281,7 @@ def _reference_table(results: Json) -> str:
         for method, figures in methods.items()
         for figure, found in figures.items()
     ]
-    return _markdown(["table", "method", "figure", "known", "measured here"], rows)
+    return markdown(["table", "method", "figure", "known", "measured here"], rows)
 
 
 def _left_out_table(results: list[Json]) -> str:
@@ -291,7 +291,7 @@ def _left_out_table(results: list[Json]) -> str:
         for result in results
         for count, found in result["mean_over_experts"].items()
     ]
-    return _markdown(["router", "observations", "AIQ", "AIQ lost", "quality", "Brier score", "error of its mean"], rows)
+    return markdown(["router", "observations", "AIQ", "AIQ lost", "quality", "Brier score", "error of its mean"], rows)
 
 
 def _composition_table(results: Json) -> str:
@@ -310,7 +310,7 @@ def _composition_table(results: Json) -> str:
             table, f"within {half['budget_usd_per_1k']:.3f} USD/1k", _cell(half["quality"], "quality"), "",
             f"{_cell(half['cost_usd_per_1k'], 'cost_usd_per_1k')}, {half['of_budget']:.1%} of the budget",
         ])  # fmt: skip
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _intents_table(results: Json) -> str:
@@ -323,7 +323,7 @@ def _intents_table(results: Json) -> str:
     }
     named = {**results["classifiers"], "difference": results["difference"]}
     rows = [[name, *(_cell(found[figure], figure) for figure in figures)] for name, found in named.items()]
-    return _markdown(["classifier", *figures.values()], rows)
+    return markdown(["classifier", *figures.values()], rows)
 
 
 def _strategies_table(results: Json) -> str:
@@ -336,7 +336,7 @@ def _strategies_table(results: Json) -> str:
         ]
         for name, found in results["models"].items()
     ]  # fmt: skip
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 _TABLES: Mapping[str, Callable[[Any], str]] = {
@@ -359,10 +359,6 @@ def _cell(found: Json | None, figure: str) -> str:
 
 def _number(value: float, figure: str) -> str:
     return f"{value:.0%}" if figure in _SHARES else f"{value:.3f}"
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 if __name__ == "__main__":

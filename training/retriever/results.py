@@ -23,6 +23,7 @@ from routers.checkpoint import Checkpoint
 from routers.contracts import FloatArray
 from routers.embedder import shared_embedder
 from routers.router_retriever import Aggregation
+from training.doc_tables import fill_tables, markdown
 from training.metrics import Floats, Interval
 from training.retriever.bench import bench
 from training.retriever.corpus import read_corpus
@@ -228,13 +229,11 @@ def with_tables(document: str, results: Json) -> str:
         "times": ("times", _times_table),
     }
 
-    def replaced(found: re.Match[str]) -> str:
-        part, table = tables[found["name"]]
-        if part not in results:
-            return found[0]
-        return f"<!-- {found['name']} -->\n\n{table(results[part])}\n\n<!-- end -->"
+    def table_of(name: str) -> str | None:
+        part, table = tables[name]
+        return table(results[part]) if part in results else None
 
-    return re.sub(r"<!-- (?P<name>[\w-]+) -->\n(?:(?!<!--).)*<!-- end -->", replaced, document, flags=re.DOTALL)
+    return fill_tables(document, table_of)
 
 
 def _systems_table(figures: Json) -> str:
@@ -244,7 +243,7 @@ def _systems_table(figures: Json) -> str:
         per = [f"{found[name]['value']:.3f}" for name in COLLECTIONS]
         means = [_cell(found["queries"]), _cell(found["collections"])]
         rows.append([system, *per, *means, _cell(figures["recall@100"][system]["queries"])])
-    return _markdown(["", *COLLECTIONS, "nDCG@10, queries", "nDCG@10, collections", "R@100, queries"], rows)
+    return markdown(["", *COLLECTIONS, "nDCG@10, queries", "nDCG@10, collections", "R@100, queries"], rows)
 
 
 def _differences_table(differences: Json) -> str:
@@ -253,14 +252,12 @@ def _differences_table(differences: Json) -> str:
         for index, figures in differences.items()
         for pair, found in figures["ndcg@10"].items()
     ]
-    return _markdown(["index", "nDCG@10 of", "over queries", "over collections"], rows)
+    return markdown(["index", "nDCG@10 of", "over queries", "over collections"], rows)
 
 
 def _routing_table(routing: Json) -> str:
     ways = [way for way in routing if way != "dataset_oracle"]
-    return _markdown(
-        ["", *COLLECTIONS], [[way, *(f"{routing[way][name]:.0%}" for name in COLLECTIONS)] for way in ways]
-    )
+    return markdown(["", *COLLECTIONS], [[way, *(f"{routing[way][name]:.0%}" for name in COLLECTIONS)] for way in ways])
 
 
 def _domains_table(domains: Json) -> str:
@@ -277,7 +274,7 @@ def _domains_table(domains: Json) -> str:
         for name, domain in domains.items()
     ]
     head = ["domain", "documents", "pairs", "steps", "scale kept", "held-out nDCG@10 of the base", "of the adapter"]
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _left_out_table(left_out: Json) -> str:
@@ -286,20 +283,16 @@ def _left_out_table(left_out: Json) -> str:
         [figure, _cell(gain["own"][figure], sign="+"), _cell(gain["others"][figure], sign="+")]
         for figure in gain["own"]
     ]
-    return _markdown(["", f"{left_out['collection']}'s own queries", "all others'"], rows)
+    return markdown(["", f"{left_out['collection']}'s own queries", "all others'"], rows)
 
 
 def _times_table(times: Json) -> str:
-    return _markdown(["", ""], [[name.replace("_", " "), f"{value:.3f}"] for name, value in times.items()])
+    return markdown(["", ""], [[name.replace("_", " "), f"{value:.3f}"] for name, value in times.items()])
 
 
 def _cell(found: Json, sign: str = "") -> str:
     value, low, high = (format(found[part], f"{sign}.3f") for part in ("value", "low", "high"))
     return f"{value} ({low} to {high})"
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
 
 
 if __name__ == "__main__":
