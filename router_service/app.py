@@ -24,12 +24,13 @@ def build_application(
     cards: Sequence[ExpertCard],
     policies: Mapping[str, Policy],
     load: LoadRouter,
+    own: frozenset[str] = frozenset(),
 ) -> Application:
     """The ASGI application that serves `experts` under `policies`. Nothing runs before its lifespan begins.
 
     `load` loads each policy's router, in a thread, once the service has started; policies with the same choice of
-    router share one. `settings.redis_url` must be set: whoever has no Redis starts the embedded one and names its
-    socket. Raises `SettingsError`, and `RouterConfigError` for a policy that does not fit the fleet.
+    router share one. `own` are the experts that are hosted here: the service waits for them. `settings.redis_url` must
+    be set: whoever has no Redis starts the embedded one and names its socket. Raises `SettingsError`, and `RouterConfigError` for a policy that does not fit the fleet.
     """
     if settings.redis_url is None:
         raise SettingsError("REDIS_URL is not set, and no embedded Redis was started")
@@ -44,7 +45,7 @@ def build_application(
         settings.redis_url.get_secret_value(), prefix=settings.redis_prefix, timeout_s=settings.redis_timeout_s
     )
     plans = _plans(policies, cards, load, metrics)
-    service = Service(settings, link, experts=experts, cards=cards, plans=plans, metrics=metrics)
+    service = Service(settings, link, experts=experts, cards=cards, plans=plans, metrics=metrics, own=own)
     return Application(service)
 
 

@@ -43,7 +43,14 @@ def assemble(
 ) -> Application:
     """The application that serves `experts` of `fleet` under `policies`."""
     configure_logging(as_json=settings.log_json)
-    return build_application(settings, experts=experts, cards=fleet.cards, policies=policies, load=load_fitted_router)
+    return build_application(
+        settings,
+        experts=experts,
+        cards=fleet.cards,
+        policies=policies,
+        load=load_fitted_router,
+        own=frozenset(entry.name for entry in fleet.experts if not entry.remote),
+    )
 
 
 def load_fitted_router(choice: RouterChoice, promoted: Path | None) -> AnyRouter:

@@ -30,11 +30,13 @@ logger = logging.getLogger(__name__)
 DEFAULT_POLICY = "auto"
 EMBEDDINGS_POLICY = "embeddings"
 """What the model `auto` means where embeddings are asked for."""
-_OWN = ("local", "adapter")
 
 
 class Service:
-    """Experts, plans (policies in service) and state. `start` and `close` bracket its life."""
+    """Experts, plans (policies in service) and state. `start` and `close` bracket its life.
+
+    It is not ready before the experts of `own`, which this service hosts, have been up once.
+    """
 
     def __init__(
         self,
@@ -45,12 +47,14 @@ class Service:
         cards: Sequence[ExpertCard],
         plans: Mapping[str, Plan],
         metrics: Metrics,
+        own: frozenset[str],
     ) -> None:
         self.settings = settings
         self.link = link
         self.metrics = metrics
         self.cards = {card.name: card for card in cards}
         self.experts = experts
+        self._own = own
         self.plans = plans
         self.lanes = {
             name: Lane(self.cards[name], expert, limit=settings.max_calls_per_expert)
@@ -139,7 +143,7 @@ class Service:
 
     def _loading(self) -> list[str]:
         """The models of our own that were never up since the start."""
-        return [name for name, card in self.cards.items() if card.kind in _OWN and name not in self.health.seen]
+        return [name for name in self.experts if name in self._own and name not in self.health.seen]
 
     def status(self) -> dict[str, Any]:
         """What `/readyz` answers."""

@@ -104,6 +104,7 @@ async def serving(
     cards: Mapping[str, Mapping[str, Any]] | None = None,
     environment: Mapping[str, str] | None = None,
     ready: bool = True,
+    own: frozenset[str] = frozenset(),
     load: LoadRouter | None = None,
 ) -> AsyncIterator[Running]:
     settings = read_settings(environment or {}, redis_url=redis.url, data_folder=redis.folder, redis_timeout_s=0.5)
@@ -113,6 +114,7 @@ async def serving(
         experts={expert.name: expert for expert in experts},
         cards=[card(name, **(cards or {}).get(name, {})) for name in names],
         policies={served.name: served for served in policies},
+        own=own,
         load=load or (lambda _, promoted: load_router(promoted) if promoted else best_router(good or names[0], *names)),
     )
     with socket.socket() as listener:

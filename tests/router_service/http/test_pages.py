@@ -147,6 +147,15 @@ async def test_a_promoted_router_is_swapped_in_without_a_failed_request(
         await eventually(lambda: _says(service, '"best":"loaded"'))
 
 
+async def test_it_is_not_ready_before_its_own_experts_are(redis_server: RedisProcess) -> None:
+    good, other = FakeExpert("good"), FakeExpert("other")
+    good.up = other.up = False
+    async with serving(redis_server, good, other, own=frozenset({"good"}), ready=False) as service:
+        await eventually(lambda: _says(service, "experts are being loaded: good"))
+        good.up = True
+        await eventually(service.ready)
+
+
 async def test_experts_that_are_down_are_tried_last(redis_server: RedisProcess) -> None:
     good, other = FakeExpert("good"), FakeExpert("other")
     good.up = False
