@@ -29,8 +29,9 @@ def build_application(
     """The ASGI application that serves `experts` under `policies`. Nothing runs before its lifespan begins.
 
     `load` loads each policy's router, in a thread, once the service has started; policies with the same choice of
-    router share one. `own` are the experts that are hosted here: the service waits for them. `settings.redis_url` must
-    be set: whoever has no Redis starts the embedded one and names its socket. Raises `SettingsError`, and `RouterConfigError` for a policy that does not fit the fleet.
+    router share one. The service is not ready before the experts of `own`, which are hosted with it, have been up.
+    `settings.redis_url` must be set: whoever has no Redis starts the embedded one and names its socket. Raises
+    `SettingsError`, and `RouterConfigError` for a policy that does not fit the fleet.
     """
     if settings.redis_url is None:
         raise SettingsError("REDIS_URL is not set, and no embedded Redis was started")
