@@ -16,6 +16,7 @@ from router_service.http.validation import take_options
 _FIELDS = {"model", "query", "top_k", "user"}
 _DEFAULT_COUNT = 10
 _MOST = 1000
+_MOST_HITS = 10_000
 
 
 async def search(service: Service, connection: Connection) -> None:
@@ -23,11 +24,13 @@ async def search(service: Service, connection: Connection) -> None:
     key = service.admission.authenticate(connection.header(b"authorization"))
     if service.index is None:
         raise NotFoundError("this service has no index: set ROUTER_INDEX to a folder of `router-service index`")
+    body = await connection.read_object(service.settings.max_body_bytes)
     with service.gate:
-        body = await connection.read_object(service.settings.max_body_bytes)
         options = take_options(body, connection)
         queries, count = _read(body)
         embedding = {"model": body.get("model", DEFAULT_POLICY), "input": queries}
+        if "user" in body:
+            embedding["user"] = body["user"]
         answer_id = f"srch-{uuid.uuid4().hex}"
         ask = Ask(
             id=answer_id,
@@ -53,4 +56,7 @@ def _read(body: dict[str, Any]) -> tuple[list[str], int]:
         raise BadRequestError("'query' must be a text or an array of texts, none of them empty", param="query")
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST:
         raise BadRequestError(f"'top_k' must be a whole number from 1 to {_MOST}", param="top_k")
+    if len(queries) * count > _MOST_HITS:
+        message = f"{len(queries)} queries x top_k {count} are more than {_MOST_HITS} documents: ask for fewer at once"
+        raise BadRequestError(message, param="top_k")
     return queries, count

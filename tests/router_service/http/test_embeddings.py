@@ -182,7 +182,13 @@ async def test_search_finds_documents_also_those_added_meanwhile(
         assert routed.json()["usage"]["prompt_tokens"] == 9
         ledger = await service.stream(count=3)
         assert [entry["endpoint"] for entry in ledger] == ["search"] * 3
-        for wrong in ({"query": []}, {"query": "x", "top_k": 0}, {"query": "x", "k": 3}, {"query": " "}):
+        for wrong in (
+            {"query": []},
+            {"query": "x", "top_k": 0},
+            {"query": "x", "k": 3},
+            {"query": " "},
+            {"query": ["x"] * 11, "top_k": 1000},
+        ):
             assert (await service.client.post("/v1/search", json=wrong)).status_code == 400
 
 
