@@ -193,3 +193,9 @@ def test_odd_shapes_pass(messages: list[dict[str, Any]], fields: dict[str, Any])
     query = query_from_body("chat/completions", chat(*messages, **fields))
     assert isinstance(query.text, str)
     assert query.input_tokens >= 4 * len(messages)
+
+
+def test_every_answer_that_is_asked_for_counts() -> None:
+    assert query_from_body("completions", {"prompt": ["a", "b"], "n": 3}).choices == 6
+    assert query_from_body("completions", {"prompt": "a", "n": 2, "best_of": 4}).choices == 4
+    assert query_from_body("chat/completions", {"messages": [{"role": "user", "content": "a"}]}).choices == 1

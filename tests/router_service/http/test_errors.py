@@ -150,3 +150,18 @@ def test_headers_hold_one_printable_line() -> None:
     assert name == b"x-router-reason"
     assert value.startswith(b"a??set-cookie: b? ? zzz")
     assert len(value) == 400
+
+
+async def test_a_body_that_does_not_come_is_given_up_and_holds_no_place(
+    redis_server: RedisProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router_service.http.connection._BODY_TIMEOUT_S", 0.3)
+    async with serving(redis_server, FakeExpert("good")) as service:
+        host, port = service.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+        await writer.drain()
+        await asyncio.sleep(0.1)
+        assert service.application.service.gate.under_way == 0
+        assert b" 408 " in await reader.readline()
+        writer.close()
