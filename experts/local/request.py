@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -132,6 +133,19 @@ def parse_completion(body: Mapping[str, Any], defaults: SamplingDefaults) -> Gen
         max_tokens=checked.max_tokens or _COMPLETION_MAX_TOKENS,
         top_logprobs=checked.logprobs,
     )
+
+
+def gate_bias(body: Mapping[str, Any]) -> dict[str, float]:
+    """The request's `gate_bias`: adapter -> what is added to the gate's scores of it. Raises `ExpertRequestError`."""
+    bias = body.get("gate_bias")
+    if bias is None:
+        return {}
+    if not isinstance(bias, Mapping) or not all(
+        isinstance(value, (int, float)) and math.isfinite(value) for value in bias.values()
+    ):
+        message = "gate_bias: must be an object of adapters' names with finite numbers"
+        raise ExpertRequestError(message, param="gate_bias", code="invalid_value")
+    return {name: float(value) for name, value in bias.items()}
 
 
 def _checked(schema: type[B], body: Mapping[str, Any]) -> B:

@@ -177,11 +177,11 @@ async def test_an_answer_is_the_same_alone_and_among_others(fleet: Fleet) -> Non
     assert len(set(alone)) == len(alone)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "mistral", "gpt2"])
+@pytest.mark.parametrize("architecture", ["qwen2", "mistral", "gpt2", "bloom"])
 async def test_other_architectures(tmp_path: Path, architecture: str) -> None:
-    """Mistral has sliding windows, whose caches cannot be merged; GPT-2 has no rotary positions."""
+    """Mistral has sliding windows, whose caches cannot be shared; GPT-2 has no rotary positions, Bloom none at all."""
     model = save_model(tmp_path / "model", architecture)
-    adapters = [] if architecture == "gpt2" else [save_adapter(model, tmp_path / "adapter")]
+    adapters = [] if architecture in ("gpt2", "bloom") else [save_adapter(model, tmp_path / "adapter")]
     experts = build(model, *adapters)
     requests = [(expert, ask("word " * i, max_tokens=20, n=2)) for i in (1, 9) for expert in experts.values()]
     alone = [await text_of(expert, request) for expert, request in requests]
@@ -397,7 +397,7 @@ async def test_a_full_queue_refuses(llama: Path) -> None:
     await until(lambda: engine_of(experts["m"])._rows())
     await until(lambda: engine_of(experts["m"])._free == 0)
     waiting = asyncio.create_task(run(experts["m"], ask(max_tokens=1)))
-    await until(lambda: engine_of(experts["m"])._waiting)
+    await until(lambda: len(engine_of(experts["m"])._queue))
     with pytest.raises(ExpertUnavailableError) as caught:
         await run(experts["m"], ask())
     assert caught.value.retry_after_s
