@@ -205,8 +205,6 @@ class Batch:
             self.rows.pop()
             self._ends.pop()
             self._changed = True
-        if not self.rows:
-            self._cache.shrink()
         return dropped
 
     def _new_slot(self, row: Row, first: int, tokens: int) -> int:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
+from experts.local.attention import with_lengths
+
 _FIRST_SLOTS = 4
 
 
@@ -29,8 +31,9 @@ class SlotCache(Cache):  # type: ignore[misc]
     def begin_step(self, rows: int, lengths: Tensor, longest: int) -> None:
         """The coming tokens go to place `lengths` [rows] of the first `rows` slots, the furthest to `longest`."""
         places = torch.arange(rows, device=self._device) * self.length + lengths
+        seen = lengths + 1
         for layer in self.layers:
-            layer.begin_step(rows, places, longest + 1)
+            layer.begin_step(rows, places, seen, longest + 1)
 
     def reserve(self, slots: int) -> None:
         """Have at least so many slots."""
@@ -38,12 +41,6 @@ class SlotCache(Cache):  # type: ignore[misc]
             self.slots = min(self._most, max(slots, 2 * self.slots, _FIRST_SLOTS))
             for layer in self.layers:
                 layer.resize(self.slots)
-
-    def shrink(self) -> None:
-        """Give all memory back; no slot is in use."""
-        self.slots = 0
-        for layer in self.layers:
-            layer.clear()
 
     def read_in(self, slot: int, prompt: DynamicCache, row: int, tokens: int) -> None:
         """Copy the last `tokens` tokens of a row of another cache."""
@@ -75,16 +72,14 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         self._length = length
         self._rows = self._seen = 0
         self._places: Tensor | None = None
+        self._lengths = torch.zeros(0, dtype=torch.long)
 
-    def begin_step(self, rows: int, places: Tensor, seen: int) -> None:
-        self._rows, self._places, self._seen = rows, places, seen
+    def begin_step(self, rows: int, places: Tensor, lengths: Tensor, seen: int) -> None:
+        self._rows, self._places, self._lengths, self._seen = rows, places, lengths, seen
 
     def resize(self, slots: int) -> None:
         if self.keys is not None and self.values is not None:
             self.keys, self.values = _enlarged(self.keys, slots), _enlarged(self.values, slots)
-
-    def clear(self) -> None:
-        self.keys = self.values = None
 
     def write(self, slot: int, slots: int, keys: Tensor, values: Tensor) -> None:
         """Put keys and values [heads, tokens, d] into a slot."""
@@ -96,7 +91,8 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add [rows, heads, 1, d]; gives all keys and values so far, [rows, heads, tokens, d]."""
-        return self._add(self.keys, key_states), self._add(self.values, value_states)
+        keys, values = self._add(self.keys, key_states), self._add(self.values, value_states)
+        return with_lengths(keys, self._lengths), values
 
     def _add(self, held: Tensor | None, states: Tensor) -> Tensor:
         if held is None or self._places is None:

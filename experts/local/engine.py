@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 _RETRY_AFTER_S = 1.0
 _JOIN_TIMEOUT_S = 30.0
+_UNHURRIED = 4
 
 T = TypeVar("T")
 
@@ -129,7 +130,7 @@ class Engine:
         return not self._closing
 
     def _growing(self) -> list[Steps]:
-        return [*self._batches.values(), *self._alone]
+        return [*(one for one in self._batches.values() if one.rows), *self._alone]
 
     def _rows(self) -> list[Row]:
         """All answers under way: those whose prompt is being read, and those that grow."""
@@ -139,7 +140,8 @@ class Engine:
     def _drop_ended(self) -> None:
         for steps in self._growing():
             self._leave(steps.drop_ended())
-        self._batches = {length: one for length, one in self._batches.items() if one.rows}
+        shortest = min(self._batches, default=0)  # whose memory is kept: it would be needed again at once
+        self._batches = {length: one for length, one in self._batches.items() if one.rows or length == shortest}
         self._alone = [one for one in self._alone if one.rows]
         for prompt in [prompt for prompt in self._prompts if prompt.cancelled]:
             self._prompts.remove(prompt)
@@ -194,8 +196,11 @@ class Engine:
         return sum(one.used for one in self._batches.values()) / allocated if allocated else 0.0
 
     def _read_prompts(self) -> None:
-        """One piece of one long prompt, or several short ones together of that size; who waits longest comes first."""
-        budget = batch.PREFILL_CHUNK
+        """One piece of one long prompt, or several short ones together of that size; who waits longest comes first.
+
+        Where no answer grows yet, more is read at once: nobody has to wait for it.
+        """
+        budget = batch.PREFILL_CHUNK * (1 if self._growing() else _UNHURRIED)
         while self._prompts and budget > 0:
             if self._model.batchable and self._is_short(self._prompts[0]):
                 prompts = self._short_prompts(budget)

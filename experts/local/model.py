@@ -17,6 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from experts.errors import ExpertConfigError
 from experts.fleet import ExpertGroup, FleetEntry, LocalSource
+from experts.local.attention import use_own_attention
 from experts.local.pool import AdapterPool
 from experts.local.request import SamplingDefaults
 from experts.local.sites import Current, LinearLayers, Plan, Site, install_sites
@@ -92,6 +93,7 @@ def load_model(group: ExpertGroup) -> LocalModel:
     config = network.config.get_text_config()
     for entry in group.entries:
         _check_context(entry, getattr(config, "max_position_embeddings", None))
+    use_own_attention(network)
     sites, linears, current = install_sites(network, base.local.max_adapters)
     model = LocalModel(
         network=network,

@@ -85,7 +85,7 @@ class AdapterPool:
         slot = self._free.pop()
         for name, site in self._sites.items():
             part = adapter.parts.get(name)
-            if part is not None and site.reserve(part.rank):
+            if part is not None and site.reserve(part):
                 for other, place in self._place.items():
                     site.write(place, other.parts.get(name))
             site.write(slot, part)

@@ -53,6 +53,7 @@ class Generation:
     """One request. `prompts` are texts, tokens or one conversation; each is answered `n` times.
 
     `top_logprobs` is how many alternatives of each token are reported besides itself, None if no log-probabilities are.
+    `ignore_eos` goes on after the token that ends an answer, as measurements need it.
     """
 
     messages: list[dict[str, Any]] | None
@@ -64,6 +65,7 @@ class Generation:
     top_logprobs: int | None
     stream: bool
     include_usage: bool
+    ignore_eos: bool
 
 
 class _StreamOptions(BaseModel):
@@ -84,6 +86,7 @@ class _Body(BaseModel):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: dict[str, _Bias] | None = None
+    ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
 
@@ -178,6 +181,7 @@ def _generation(
         top_logprobs=top_logprobs,
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        ignore_eos=bool(body.ignore_eos),
     )
 
 

@@ -116,7 +116,7 @@ class Row:
         self._choice = prompt * generation.n + n
         self.sampler = Sampler(generation.sampling, self._choice)
         self._max_tokens = job.max_tokens[prompt]
-        self._end_tokens = end_tokens
+        self._end_tokens = frozenset[int]() if generation.ignore_eos else end_tokens
         self._eager = job.sends_parts
         context = () if generation.messages is not None else self.prompt[-_CONTEXT_TOKENS:]
         self._text = Detokenizer(decoder, context)

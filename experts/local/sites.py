@@ -124,16 +124,26 @@ class Site:
         stack.offsets[2 * slot + 1] = first + part.rank
         self._used.add(slot)
 
-    def reserve(self, rank: int) -> bool:
-        """Make room for adapters of `rank`; True where that emptied all slots, which then have to be written again."""
-        if self._stack is not None and self._stack.max_rank >= rank:
-            return False
+    def reserve(self, part: HostPart) -> bool:
+        """Make room for such a part; True where that emptied all slots, which then have to be written again.
+
+        On a CPU, adapters in bfloat16 stay so beside a base in float32: reading them is most of the work.
+        """
+        rank, dtype = part.rank, self.weight.dtype
+        if self._stack is not None:
+            narrow = self._stack.A.dtype == part.a.dtype
+            if self._stack.max_rank >= rank and (narrow or self._stack.A.dtype == dtype):
+                return False
+            rank = max(rank, self._stack.max_rank)
+            dtype = part.a.dtype if narrow else dtype
+        elif self.weight.device.type == "cpu" and (dtype, part.a.dtype) == (torch.float32, torch.bfloat16):
+            dtype = torch.bfloat16
         rows, outputs = self._slots * rank, self.weight.shape[0]
         starts = torch.arange(0, rows + 1, rank, dtype=torch.int32)
         offsets = torch.stack([starts, starts], 1).flatten()[:-1]
         self._stack = AdapterStack(
-            A=self.weight.new_zeros(len(self.widths), rows, self.weight.shape[1]),
-            B=self.weight.new_zeros(rows, outputs),
+            A=self.weight.new_zeros(len(self.widths), rows, self.weight.shape[1], dtype=dtype),
+            B=self.weight.new_zeros(rows, outputs, dtype=dtype),
             scales=torch.zeros(len(self.widths), 2 * self._slots, device=self.weight.device),
             offsets=offsets.to(self.weight.device).contiguous(),
             ranks=(rank,) * (2 * self._slots),
