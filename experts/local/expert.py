@@ -49,9 +49,9 @@ def build_local(group: ExpertGroup) -> dict[str, Expert]:
 def _register(entry: FleetEntry, registry: AdapterRegistry) -> None:
     try:
         if entry.adapter:
-            registry.load(entry.name, entry.adapter.path, entry.adapter.revision)
+            registry.load(entry.name, entry.adapter.path, entry.adapter.revision, short=True)
         elif entry.mixture and entry.mixture.gate:
-            registry.load(entry.name, entry.mixture.gate, entry.mixture.revision)
+            registry.load(entry.name, entry.mixture.gate, entry.mixture.revision, short=True)
     except ExpertConfigError as error:
         source = entry.adapter.path if entry.adapter else entry.mixture and entry.mixture.gate
         raise ExpertConfigError(f"expert {entry.name!r}: adapter {source!r}: {error}") from error

@@ -27,7 +27,7 @@ _GATE_FILES = (GATE_FILE, *(f"adapters/*/{name}" for name in _ADAPTER_FILES))
 class AdapterRegistry:
     """Thread safe. A request keeps the adapters that it found, whatever becomes of their names.
 
-    A name may be shortened to the last part of the path that it was loaded from, where that is only one's.
+    Those of the fleet file may also be named by the last part of their path, where that is only one's.
     """
 
     def __init__(self, model: LocalModel) -> None:
@@ -42,11 +42,11 @@ class AdapterRegistry:
         """The adapters and gates that are loaded."""
         return [*self._adapters, *self._gates]
 
-    def load(self, name: str, path: str, revision: str | None = None) -> Adapter | None:
+    def load(self, name: str, path: str, revision: str | None = None, *, short: bool = False) -> Adapter | None:
         """Register a PEFT adapter, or a saved mixture with its gate, from a folder, an fsspec URL or the hub.
 
-        It is read and checked first; one of the same name is replaced, and returned if it was an adapter. Raises
-        `ExpertConfigError`.
+        It is read and checked first; one of the same name is replaced, and returned if it was an adapter. `short` lets
+        the last part of `path` name it too. Raises `ExpertConfigError`.
         """
         with local_copy(path, revision) as folder:
             if (folder / GATE_FILE).exists():
@@ -60,7 +60,8 @@ class AdapterRegistry:
                 self._adapters[name] = adapter
             if gate is not None:
                 self._gates[name] = gate
-            self._short.setdefault(path.rstrip("/").rpartition("/")[2], set()).add(name)
+            if short:
+                self._short.setdefault(path.rstrip("/").rpartition("/")[2], set()).add(name)
         return replaced
 
     def unload(self, name: str) -> Adapter | None:

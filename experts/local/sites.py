@@ -35,11 +35,22 @@ class GatedRows:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
-    """What the adapters do in a pass over T tokens; empty is the base alone."""
+    """What the adapters do in a pass over T tokens (`tokens`, 0 where they do nothing)."""
 
     indices: Tensor | None = None  # [T, k] int32: adapters of the sites' stacks, -1 is none
     weights: Tensor | None = None  # [T, k] float32
     gated: Sequence[GatedRows] = ()
+    tokens: int = 0
+
+    def for_tokens(self, tokens: int) -> Plan:
+        """The plan for a layer that sees only the last token of each row, as one after the blocks may."""
+        if tokens == self.tokens:
+            return self
+        step = self.tokens // tokens
+        last = slice(step - 1, None, step)
+        indices, weights = (None if side is None else side[last] for side in (self.indices, self.weights))
+        gated = [GatedRows(rows.gate, rows.requests, rows.tokens[last] // step) for rows in self.gated]
+        return Plan(indices, weights, gated, tokens)
 
     def begin(self) -> None:
         """Tell the gates what is coming."""
@@ -156,12 +167,18 @@ class Site:
         """The output of each of the site's layers for x [..., d]."""
         y = linear(x, self.weight, self.bias)
         plan = self._current.plan
+        if not plan.tokens:
+            return self._split(y)
+        flat = x.reshape(-1, x.shape[-1])
+        plan = plan.for_tokens(flat.shape[0])
         if plan.indices is not None and plan.weights is not None and self._stack is not None and self._used:
-            flat = x.reshape(-1, x.shape[-1])
             added = mixed_lora(flat, self._stack, plan.indices, plan.weights, base=y.view(-1, y.shape[-1]))
             y = added.view(y.shape)
         for rows in plan.gated:
-            self._add_gated(rows, x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+            self._add_gated(rows, flat, y.view(-1, y.shape[-1]))
+        return self._split(y)
+
+    def _split(self, y: Tensor) -> tuple[Tensor, ...]:
         return torch.split(y, list(self.widths), -1) if len(self.widths) > 1 else (y,)
 
     def _add_gated(self, rows: GatedRows, x: Tensor, y: Tensor) -> None:
@@ -288,7 +305,8 @@ def plan_of(
         tables: For each row, the slots of its adapters with their weights; empty is the base alone.
         gated: Each gate with its rows, by number.
     """
-    return Plan(*_table(tables, tokens, device), _gated(gated, tokens, device))
+    table, rows = _table(tables, tokens, device), _gated(gated, tokens, device)
+    return Plan(*table, rows, len(tables) * tokens if rows or table[0] is not None else 0)
 
 
 def _table(

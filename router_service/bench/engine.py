@@ -1,21 +1,16 @@
-"""The engine of local experts beside the usual ways: PEFT's mixed batches, PEFT one by one, the base's static batching."""
+"""The engine of local experts beside PEFT's mixed batches, PEFT one by one, and the base's static batching."""
 
 from __future__ import annotations
 
-import asyncio
 import random
-import statistics
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from experts.build import build_group
 from experts.expert import ExpertRequest, Part
-from experts.fleet import POCKET_FLEET, AdapterSource, ExpertGroup, FleetEntry, LocalSource, load_fleet
+from experts.fleet import POCKET_FLEET, ExpertGroup, LocalSource, load_fleet
 from experts.local.expert import LocalExpert
 
 _QUESTIONS = (

@@ -112,6 +112,8 @@ class Caller:
                             record.first_part_s = time.perf_counter() - started
                         record.parts += 1
                     usage = part.usage or usage
+                    if part.work:
+                        self._metrics.count_work(expert, part.work)
                     if grant and request.stream and part.data and not grant.take(part.data):
                         raise ExpertUnavailableError(f"expert {expert!r} wrote more than {grant.output_tokens} tokens")
                     yield part
