@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
@@ -84,8 +86,8 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def write(self, slot: int, slots: int, keys: Tensor, values: Tensor) -> None:
         """Put keys and values [heads, tokens, d] into a slot."""
         if self.keys is None or self.values is None:
-            self.keys = keys.new_zeros(slots, self._length, keys.shape[0], keys.shape[2])
-            self.values = values.new_zeros(slots, self._length, values.shape[0], values.shape[2])
+            self.keys = _zeros(keys, slots, self._length, keys.shape[0], keys.shape[2])
+            self.values = _zeros(values, slots, self._length, values.shape[0], values.shape[2])
         self.keys[slot, : keys.shape[1]] = keys.transpose(0, 1)
         self.values[slot, : values.shape[1]] = values.transpose(0, 1)
 
@@ -113,8 +115,16 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._length
 
 
+def _zeros(like: Tensor, *shape: int) -> Tensor:
+    """Zeros of that dtype and device. On a CPU, what is never written takes no memory, unlike torch's own zeros."""
+    if like.device.type != "cpu":
+        return like.new_zeros(shape)
+    buffer = np.zeros(math.prod(shape) * like.element_size(), np.uint8)
+    return torch.from_numpy(buffer).view(like.dtype).view(shape)
+
+
 def _enlarged(side: Tensor, slots: int) -> Tensor:
-    larger = side.new_zeros(slots, *side.shape[1:])
+    larger = _zeros(side, slots, *side.shape[1:])
     larger[: side.shape[0]] = side
     return larger
 
