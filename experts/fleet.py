@@ -56,7 +56,8 @@ class LocalSource(_Model):
 
     `dtype` "auto" is float32 on a CPU and the checkpoint's own on a GPU; `device` "auto" is the GPU where there is one.
     `max_batch` sequences are generated at once, `max_queue` more may wait; beyond that the expert is unavailable.
-    `max_adapters` of its adapters are on the device at once, however many there are.
+    `max_adapters` of its adapters are on the device at once, however many there are. `engine` is the project's own, or
+    vLLM where that is installed, for the model and its adapters but not for mixtures.
     """
 
     model: str = Field(min_length=1)
@@ -66,6 +67,7 @@ class LocalSource(_Model):
     max_batch: int = Field(default=64, ge=1)
     max_queue: int = Field(default=256, ge=0)
     max_adapters: int = Field(default=32, ge=1)
+    engine: Literal["own", "vllm"] = "own"
 
 
 class EncoderSource(_Model):

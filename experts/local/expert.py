@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from math import ceil
+from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
@@ -20,7 +21,7 @@ from experts.local.model import LocalModel, load_model
 from experts.local.prompt import ChatPrompt
 from experts.local.registry import AdapterRegistry
 from experts.local.reply import Replies
-from experts.local.request import Generation, gate_bias, parse_chat, parse_completion
+from experts.local.request import Generation, SamplingDefaults, gate_bias, parse_chat, parse_completion
 from experts.local.row import Job, Piece
 from experts.mixtures import MixtureName, is_mixture, parse_mixture
 from experts.shared import Shared
@@ -38,11 +39,11 @@ def build_local(group: ExpertGroup) -> dict[str, Expert]:
     registry = AdapterRegistry(model)
     for entry in group.adapters:
         _register(entry, registry)
-    experts = {entry.name: _wanted(entry) for entry in group.entries}
+    experts = {entry.name: wanted_by(entry) for entry in group.entries}
     for entry in group.entries:
         _try(entry, model, _checked(entry, registry))
-    shared = _Runtime(group, model, registry, group.head.local or LocalSource(model=group.name))
-    held = Shared(shared, shared.close)
+    shared = _OwnRuntime(group, model, registry, group.head.local or LocalSource(model=group.name))
+    held = Shared[Runtime](shared, shared.close)
     return {entry.name: LocalExpert(entry, experts[entry.name], held) for entry in group.entries}
 
 
@@ -57,7 +58,7 @@ def _register(entry: FleetEntry, registry: AdapterRegistry) -> None:
         raise ExpertConfigError(f"expert {entry.name!r}: adapter {source!r}: {error}") from error
 
 
-def _wanted(entry: FleetEntry) -> MixtureName | None:
+def wanted_by(entry: FleetEntry) -> MixtureName | None:
     """What an entry stands for; None is the base, which can be asked for any mixture."""
     if entry.adapter:
         return MixtureName(entry.adapter.base, {entry.name: 1.0})
@@ -70,7 +71,7 @@ def _wanted(entry: FleetEntry) -> MixtureName | None:
 
 def _checked(entry: FleetEntry, registry: AdapterRegistry) -> Mixture:
     try:
-        wanted = _wanted(entry)
+        wanted = wanted_by(entry)
         return BASE if wanted is None else registry.mixture(wanted, {})
     except ExpertRequestError as error:
         raise ExpertConfigError(f"expert {entry.name!r}: {error}") from error
@@ -86,8 +87,53 @@ def _try(entry: FleetEntry, model: LocalModel, mixture: Mixture) -> None:
         raise ExpertConfigError(f"expert {entry.name!r}: its model gives numbers that are not finite")
 
 
-class _Runtime:
+class Model(Protocol):
+    """What an expert knows of its model."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def defaults(self) -> SamplingDefaults: ...
+
+
+class Registry(Protocol):
+    """Adapters and gates by name; `AdapterRegistry` says what the methods do."""
+
+    def load(self, name: str, path: str, revision: str | None = None) -> Any: ...
+    def unload(self, name: str) -> Any: ...
+    def mixture(self, wanted: MixtureName, bias: Mapping[str, float]) -> Mixture: ...
+
+
+class JobEngine(Protocol):
+    """What makes answers; `Engine` says what the methods do."""
+
+    max_batch: int
+
+    @property
+    def alive(self) -> bool: ...
+    def check_room(self, tenant: str) -> None: ...
+    def submit(self, job: Job) -> None: ...
+    def forget(self, adapter: Any) -> None: ...
+
+
+class Runtime(Protocol):
     """What the experts of one model share: model, adapters, engine, and a thread that turns text into tokens."""
+
+    chat: ChatPrompt
+    tokenizing: ThreadPoolExecutor
+
+    @property
+    def model(self) -> Model: ...
+    @property
+    def registry(self) -> Registry: ...
+    @property
+    def engine(self) -> JobEngine: ...
+
+
+class _OwnRuntime:
+    """The runtime on the project's own engine."""
 
     def __init__(self, group: ExpertGroup, model: LocalModel, registry: AdapterRegistry, source: LocalSource) -> None:
         threads = max(1, ceil(group.resources.cpus))
@@ -105,7 +151,7 @@ class _Runtime:
 class LocalExpert:
     """A model in this process: the base, which also answers for mixtures by name, an adapter, a mixture or a gate."""
 
-    def __init__(self, entry: FleetEntry, wanted: MixtureName | None, shared: Shared[_Runtime]) -> None:
+    def __init__(self, entry: FleetEntry, wanted: MixtureName | None, shared: Shared[Runtime]) -> None:
         self._entry = entry
         self._wanted = wanted
         self._shared = shared.hold()

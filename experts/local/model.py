@@ -89,7 +89,7 @@ def load_model(group: ExpertGroup) -> LocalModel:
     disable_progress_bar()  # a bar for each load would fill a service's log
     device = _device(base)
     network = _load_network(base.name, base.local, device)
-    tokenizer = _load_tokenizer(base.name, base.local)
+    tokenizer = load_tokenizer(base.name, base.local)
     config = network.config.get_text_config()
     for entry in group.entries:
         _check_context(entry, getattr(config, "max_position_embeddings", None))
@@ -106,7 +106,7 @@ def load_model(group: ExpertGroup) -> LocalModel:
         end_tokens=_end_tokens(network, tokenizer),
         longest=max(entry.context_length for entry in group.entries),
         vocabulary=config.vocab_size,
-        defaults=_defaults(network),
+        defaults=sampling_defaults(network.generation_config),
         takes=frozenset(inspect.signature(network.forward).parameters),
         batchable=all(type(layer) is DynamicLayer for layer in DynamicCache(config=network.config).layers),
     )
@@ -145,7 +145,8 @@ def _load_network(name: str, source: LocalSource, device: torch.device) -> Any:
     return network.to(device).eval().requires_grad_(False)
 
 
-def _load_tokenizer(name: str, source: LocalSource) -> Any:
+def load_tokenizer(name: str, source: LocalSource) -> Any:
+    """The tokenizer of the expert `name`. Raises `ExpertConfigError`."""
     try:
         return AutoTokenizer.from_pretrained(source.model, revision=source.revision or "main", trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
@@ -164,8 +165,8 @@ def _end_tokens(network: Any, tokenizer: Any) -> frozenset[int]:
     return frozenset(token for token in (*several, tokenizer.eos_token_id) if token is not None)
 
 
-def _defaults(network: Any) -> SamplingDefaults:
-    config = network.generation_config
+def sampling_defaults(config: Any) -> SamplingDefaults:
+    """What a generation config says of requests that say nothing."""
     if config.do_sample is False:
         return SamplingDefaults(temperature=0.0)
     given = {name: getattr(config, name, None) for name in ("temperature", "top_p", "top_k", "min_p")}

@@ -25,7 +25,7 @@ from experts.build import build_group
 from experts.errors import ExpertError
 from experts.expert import ExpertRequest, Part
 from experts.fleet import POCKET_FLEET, ExpertGroup, LocalSource, load_fleet
-from experts.local import batch, model, sites
+from experts.local import batch, model, sampling, sites
 from experts.local.expert import LocalExpert
 
 PARTS: tuple[str, ...] = ("ways", "shapes", "adapters", "load")
@@ -79,6 +79,7 @@ class _Served:
         self.paths = [Path(entry.adapter.path) for entry in group.adapters if entry.adapter]
         self._experts = build_group(group)
         self.expert = cast("LocalExpert", self._experts[_BASE])
+        self.runtime: Any = self.expert._shared.resource
 
     def path(self, i: int) -> Path:
         """The files of adapter `i`: the fleet's own, over and over."""
@@ -286,7 +287,7 @@ async def _shapes(limits: Limits, on_progress: OnProgress) -> dict[str, Any]:
     rng, tokens = random.Random(0), 32
     shapes = list(itertools.product(limits.prompts, limits.batches))
     with clock.watching(
-        forward=(model.LocalModel, "forward"), mixing=(sites, "mixed_lora"), sampling=(batch.BatchSampler, "choose")
+        forward=(model.LocalModel, "forward"), mixing=(sites, "mixed_lora"), sampling=(sampling.BatchSampler, "choose")
     ):
         for i, (length, size) in enumerate(shapes):
             on_progress("shapes", i, len(shapes))
@@ -325,7 +326,7 @@ async def _adapters(limits: Limits, on_progress: OnProgress) -> dict[str, Any]:
     on_progress("adapters", 0, 2)
     seconds = await served.load(limits.registered)
     on_progress("adapters", 1, 2)
-    pool = served.expert._model.pool
+    pool = served.runtime.model.pool
     steps: list[float] = []
     original = batch.Batch.step
 
@@ -359,7 +360,7 @@ async def _load(limits: Limits, on_progress: OnProgress) -> dict[str, Any]:
     """Closed-loop clients that ask for adapters by Zipf's law, for so many minutes."""
     served = _Served()
     await served.load(limits.registered)
-    pool = served.expert._model.pool
+    pool = served.runtime.model.pool
     rng = random.Random(1)
     weights = [1 / (i + 1) for i in range(limits.registered)]
     failed: list[str] = []
@@ -406,7 +407,7 @@ async def _load(limits: Limits, on_progress: OnProgress) -> dict[str, Any]:
         "copy_ms": round(1e3 * pool.load_s / loads, 3),
         "queue_ms": {"median": round(1e3 * statistics.median(waits), 1), "p99": round(1e3 * _quantile(waits, 0.99), 1)},
         "memory_mib": [round(memory[int(i * (len(memory) - 1) / 8)]) for i in range(9)],
-        "adapters_mib": round(sum(a.bytes for a in served.expert._registry._adapters.values()) / 2**20),
+        "adapters_mib": round(sum(a.bytes for a in served.runtime.registry._adapters.values()) / 2**20),
     }
     await served.close()
     return result
