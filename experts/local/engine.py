@@ -97,7 +97,10 @@ class Engine:
         """Whom a job of `tenant` displaces, if the queue is full. Raises `ExpertUnavailableError`."""
         if not self.alive:
             raise ExpertUnavailableError(f"the engine of {self._name!r} has stopped")
-        if len(self._queue) < self._max_queue + self._free:
+        most = self._max_queue + self._free
+        if len(self._queue) >= most:
+            self._queue.drop_cancelled()
+        if len(self._queue) < most:
             return None
         displaced = self._queue.displaced_by(tenant) if self._max_queue else None
         if displaced is None:

@@ -111,6 +111,11 @@ class FairQueue:
         if not tenant.flows.waiting:
             self._tenants.leave(name)
 
+    def drop_cancelled(self) -> None:
+        """Take out the jobs that nobody waits for any more."""
+        for job in [job for job in self if job.cancelled]:
+            self.remove(job)
+
     def displaced_by(self, tenant: str) -> Job | None:
         """The newest job of whoever has the most waiting, where that is more than `tenant` would have."""
         own = self._tenants.waiting.get(tenant)

@@ -114,3 +114,7 @@ async def test_a_job_that_nobody_waits_for_is_handed_out_whether_it_fits_or_not(
     queue.push(one := job("t"))
     one.cancelled = True
     assert queue.pop(lambda _: False) is one
+    queue.push(one)
+    queue.push(other := job("t"))
+    queue.drop_cancelled()
+    assert list(queue) == [other]
