@@ -14,7 +14,7 @@ from kernels.route import Score
 @pytest.mark.parametrize("k", [1, 2, 7])
 def test_renormalised_softmax_is_softmax_over_the_chosen(experts: int, k: int) -> None:
     k, logits = min(k, experts), 3 * torch.randn(9, experts)
-    indices, weights = route(logits, k)
+    indices, weights, _ = route(logits, k)
     top = logits.topk(k)
     assert torch.equal(indices, top.indices.int())
     assert torch.allclose(weights, top.values.softmax(1), atol=1e-6)
@@ -23,13 +23,13 @@ def test_renormalised_softmax_is_softmax_over_the_chosen(experts: int, k: int) -
 def test_scores_without_renormalisation() -> None:
     logits = torch.randn(5, 6)
     for score, expected in (("softmax", logits.softmax(1)), ("sigmoid", logits.sigmoid())):
-        indices, weights = route(logits, 3, score=score, renormalise=False)  # type: ignore[arg-type]
+        indices, weights, _ = route(logits, 3, score=score, renormalise=False)  # type: ignore[arg-type]
         assert torch.allclose(weights, expected.gather(1, indices.long()))
 
 
 def test_bias_selects_but_does_not_weigh() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0]])
-    indices, weights = route(logits, 2, bias=torch.tensor([5.0, 0.0, 0.0]), score="sigmoid")
+    indices, weights, _ = route(logits, 2, bias=torch.tensor([5.0, 0.0, 0.0]), score="sigmoid")
     chosen = logits[0, [0, 2]].sigmoid()
     assert indices.tolist() == [[0, 2]]
     assert torch.allclose(weights[0], chosen / chosen.sum())
@@ -39,7 +39,7 @@ def test_infinite_logits_leave_adapters_out_and_ties_go_to_the_lower_index() -> 
     low = -torch.inf
     logits = torch.tensor([[1.0, low, 1.0, 1.0], [low, low, 0.5, low], [low, low, low, low]])
     for score in ("softmax", "sigmoid"):
-        indices, weights = route(logits, 2, score=score, bias=torch.zeros(4))  # type: ignore[arg-type]
+        indices, weights, _ = route(logits, 2, score=score, bias=torch.zeros(4))  # type: ignore[arg-type]
         assert indices.tolist() == [[0, 2], [2, -1], [-1, -1]]
         assert torch.allclose(weights, torch.tensor([[0.5, 0.5], [1.0, 0.0], [0.0, 0.0]]))
 
@@ -50,7 +50,7 @@ def test_gradients_equal_those_of_the_formula(score: Score, renormalise: bool) -
     logits, dw = torch.randn(6, 5), torch.randn(6, 3)
     logits[0, :3] = -torch.inf
     ours, formula = (logits.clone().requires_grad_() for _ in range(2))
-    indices, weights = route(ours, 3, score=score, renormalise=renormalise)
+    indices, weights, _ = route(ours, 3, score=score, renormalise=renormalise)
     scores = formula.softmax(1) if score == "softmax" else formula.sigmoid()
     expected = scores.gather(1, indices.long().clamp(min=0)).masked_fill(indices < 0, 0)
     if renormalise:
