@@ -43,7 +43,7 @@ COMMAND = "python -m training.mixing.compare"
 STEPS, BATCH, QUESTIONS, SEEDS = 80, 32, 330, 3
 RATES = (2e-4, 5e-4, 1e-3, 2e-3)
 GATE_RATE = 2.5  # a gate's own learning rate, times that of the adapters
-CHOICE_STEPS, CHOICE_QUESTIONS, CHOICE_SEED = 40, 1000, 100
+CHOICE_STEPS, CHOICE_QUESTIONS, CHOICE_SEED = 24, 500, 100
 _ROWS = 110  # questions answered at once
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -58,7 +58,7 @@ JOINT: Mapping[str, Mapping[str, Any]] = {  # all of total rank 64 in each layer
 }
 GATE_ALONE = ("mole", "phatgoose")
 LORA = {"lora": 64, "lora of all specialists' rank": 16 * len(SKILLS)}
-TRAINED = ("lora", *GATE_ALONE, *JOINT, "lora of all specialists' rank")
+TRAINED = (*LORA, *GATE_ALONE, *JOINT)
 ADAPTERS = {name: FLEET / "adapters" / name for name in SKILLS}
 
 Answered = dict[str, float]
@@ -83,12 +83,9 @@ class Comparison:
             "right adapter": self.right,
             "uniform": lambda: self.static({name: 1 / len(SKILLS) for name in SKILLS}),
             "random": self.random,
-            "lora": trained["lora"],
             "arrow": lambda: self.measure(self.specialists("arrow")),
-            **{gate: trained[gate] for gate in GATE_ALONE},
+            **trained,
             "glider": lambda: self.glider(rates["glider"]),
-            **{gate: trained[gate] for gate in JOINT},
-            "lora of all specialists' rank": trained["lora of all specialists' rank"],
         }
 
     def spec(self, method: str, rate: float, steps: int = STEPS) -> MixtureSpec:
@@ -282,16 +279,16 @@ def run(seeds: int, results: Path, work: Path, only: Sequence[str] = ()) -> dict
         logger.info("%s at %g: %.3f on validation", method, rate, share)
         _write(_results(validation, runs), results)
     rates = chosen(validation)
-    for seed in range(seeds):
-        for method, call in Comparison(seed, work).runs(rates).items():
-            done = runs.get(method, {}).get(str(seed))
-            if (only and method not in only) or (done and done.get("learning_rate") == rates.get(method)):
-                continue
-            started = time.monotonic()
-            outcome = call()
-            logger.info("%s, seed %d: %.3f in %.0f s", method, seed, outcome["accuracy"], time.monotonic() - started)
-            runs.setdefault(method, {})[str(seed)] = outcome
-            _write(_results(validation, runs), results)
+    calls = [Comparison(seed, work).runs(rates) for seed in range(seeds)]
+    for method, seed in itertools.product(only or calls[0], range(seeds)):
+        done = runs.get(method, {}).get(str(seed))
+        if done and done.get("learning_rate") == rates.get(method):
+            continue
+        started = time.monotonic()
+        outcome = calls[seed][method]()
+        logger.info("%s, seed %d: %.3f in %.0f s", method, seed, outcome["accuracy"], time.monotonic() - started)
+        runs.setdefault(method, {})[str(seed)] = outcome
+        _write(_results(validation, runs), results)
     return _results(validation, runs)
 
 
