@@ -60,3 +60,4 @@ def test_routes_as_the_formula(score: str, biased: bool, renormalise: bool) -> N
     expected = route_reference(logits, bias, 3, score, renormalise)
     assert torch.equal(found[0], expected[0])
     assert torch.allclose(found[1], expected[1], atol=1e-6)
+    assert torch.allclose(found[2], expected[2], atol=1e-6)
