@@ -10,11 +10,9 @@ with what is missing, and puts the table into docs/mixing.md.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -59,9 +57,8 @@ JOINT: Mapping[str, Mapping[str, Any]] = {  # all of total rank 64 in each layer
 GATE_ALONE = ("mole", "phatgoose")
 LORA = {"lora": 64, "lora of all specialists' rank": 16 * len(SKILLS)}
 TRAINED = (*LORA, *GATE_ALONE, *JOINT)
+METHODS = ("base", "right adapter", "uniform", "random", "arrow", *TRAINED, "glider")
 ADAPTERS = {name: FLEET / "adapters" / name for name in SKILLS}
-
-Answered = dict[str, float]
 
 
 class Comparison:
@@ -75,18 +72,18 @@ class Comparison:
             self.work.mkdir(parents=True, exist_ok=True)
             self.data.write_text("".join(self._training_lines()))
 
-    def runs(self, rates: Mapping[str, float]) -> dict[str, Callable[[], dict[str, Any]]]:
-        """Every method by name; `rates` are the learning rates of those that are trained."""
-        trained = {name: lambda name=name: self.trained(name, rates[name]) for name in TRAINED}
-        return {
-            "base": self.base,
+    def run(self, method: str, rate: float | None) -> dict[str, Any]:
+        """Accuracy of a method, those that are trained at the learning rate `rate`."""
+        if rate is not None:
+            return self.glider(rate) if method == "glider" else self.trained(method, rate)
+        untrained: dict[str, Callable[[], dict[str, Any]]] = {
+            "base": lambda: self.static({}),
             "right adapter": self.right,
             "uniform": lambda: self.static({name: 1 / len(SKILLS) for name in SKILLS}),
             "random": self.random,
             "arrow": lambda: self.measure(self.specialists("arrow")),
-            **trained,
-            "glider": lambda: self.glider(rates["glider"]),
         }
+        return untrained[method]()
 
     def spec(self, method: str, rate: float, steps: int = STEPS) -> MixtureSpec:
         """How a method is trained. Plain LoRA is no gate, but has the rest of it."""
@@ -131,9 +128,6 @@ class Comparison:
         """The shipped specialists under a gate."""
         model, _ = load_base(self.spec("phatgoose", RATES[0]))
         return install_mixture(model, read_adapters(ADAPTERS, model), gate, options)
-
-    def base(self) -> dict[str, Any]:
-        return self.static({})
 
     def static(self, weights: Mapping[str, float]) -> dict[str, Any]:
         return self.measure(self.specialists("static", {"weights": dict(weights)}))
@@ -250,8 +244,8 @@ def table(results: Mapping[str, Any]) -> str:
     lines = ["| method | learning rate | accuracy | by seed |", "|---|---|---|---|"]
     for method, own in results["accuracy"].items():
         seeds = ", ".join(f"{value:.1%}" for value in own["seeds"].values())
-        rate = results["rates"].get(method)
-        lines.append(f"| {method} | {'' if rate is None else f'{rate:g}'} | {own['mean']:.1%} | {seeds} |")
+        rate = "" if own["learning_rate"] is None else f"{own['learning_rate']:g}"
+        lines.append(f"| {method} | {rate} | {own['mean']:.1%} | {seeds} |")
     return "\n".join(lines)
 
 
@@ -267,28 +261,25 @@ def _log_progress(step: str, done: int, total: int) -> None:
 
 
 def run(seeds: int, results: Path, work: Path, only: Sequence[str] = ()) -> dict[str, Any]:
-    """Run what is missing; the results file after each run."""
+    """Run what is missing, method by method; the results file after each run."""
     kept: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
     validation: dict[str, dict[str, float]] = kept.get("validation", {})
     runs: dict[str, dict[str, Any]] = kept.get("runs", {})
-    choosing = Comparison(CHOICE_SEED, work)
-    for method, rate in itertools.product(TRAINED, RATES):
-        if (only and method not in only) or f"{rate:g}" in validation.get(method, {}):
-            continue
-        share = validation.setdefault(method, {})[f"{rate:g}"] = choosing.validated(method, rate)
-        logger.info("%s at %g: %.3f on validation", method, rate, share)
-        _write(_results(validation, runs), results)
-    rates = chosen(validation)
-    calls = [Comparison(seed, work).runs(rates) for seed in range(seeds)]
-    for method, seed in itertools.product(only or calls[0], range(seeds)):
-        done = runs.get(method, {}).get(str(seed))
-        if done and done.get("learning_rate") == rates.get(method):
-            continue
-        started = time.monotonic()
-        outcome = calls[seed][method]()
-        logger.info("%s, seed %d: %.3f in %.0f s", method, seed, outcome["accuracy"], time.monotonic() - started)
-        runs.setdefault(method, {})[str(seed)] = outcome
-        _write(_results(validation, runs), results)
+    choosing, comparisons = Comparison(CHOICE_SEED, work), [Comparison(seed, work) for seed in range(seeds)]
+    for method in only or METHODS:
+        for rate in RATES if method in TRAINED else ():
+            own = validation.setdefault(method, {})
+            if f"{rate:g}" not in own:
+                own[f"{rate:g}"] = choosing.validated(method, rate)
+                logger.info("%s at %g: %.3f on validation", method, rate, own[f"{rate:g}"])
+                _write(_results(validation, runs), results)
+        wanted = chosen(validation).get(method)
+        runs[method] = {seed: r for seed, r in runs.get(method, {}).items() if r.get("learning_rate") == wanted}
+        for comparison in comparisons:
+            if str(comparison.seed) not in runs[method]:
+                outcome = runs[method][str(comparison.seed)] = comparison.run(method, wanted)
+                logger.info("%s, seed %d: %.3f", method, comparison.seed, outcome["accuracy"])
+                _write(_results(validation, runs), results)
     return _results(validation, runs)
 
 
@@ -309,10 +300,12 @@ def _write(kept: Mapping[str, Any], results: Path) -> None:
 def _results(validation: Mapping[str, Mapping[str, float]], runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     summary = {
         method: {
+            "learning_rate": next(iter(own.values())).get("learning_rate"),
             "mean": round(fmean(run["accuracy"] for run in own.values()), 4),
             "seeds": {seed: round(run["accuracy"], 4) for seed, run in own.items()},
         }
-        for method, own in runs.items()
+        for method in METHODS
+        if (own := runs.get(method))
     }
     setting = {"steps": STEPS, "batch": BATCH, "questions": QUESTIONS, "torch": torch.__version__}
     choice = {"steps": CHOICE_STEPS, "questions": CHOICE_QUESTIONS, "seed": CHOICE_SEED, "gate_rate": GATE_RATE}
@@ -320,7 +313,6 @@ def _results(validation: Mapping[str, Mapping[str, float]], runs: Mapping[str, M
         "command": COMMAND,
         "setting": setting | {"choice": choice},
         "validation": validation,
-        "rates": chosen(validation),
         "accuracy": summary,
         "runs": runs,
     }
