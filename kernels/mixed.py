@@ -215,8 +215,12 @@ _mixed_lora.register_autograd(_backward, setup_context=_setup)
 class _MixedLora(torch.autograd.Function):
     """The operator without its way through torch's dispatcher, which costs more than a small mixture."""
 
-    forward = staticmethod(_forward)
-    setup_context = staticmethod(_setup)
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
     backward = staticmethod(_backward)
 
 
