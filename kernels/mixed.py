@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import dispatch
 from kernels.errors import MixtureError
@@ -221,7 +222,7 @@ class _MixedLora(torch.autograd.Function):
         _setup(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_backward)
+    backward: Any = staticmethod(once_differentiable(_backward))
 
 
 def _backend(name: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import dispatch
 from kernels.errors import MixtureError
@@ -176,4 +177,4 @@ class _Route(torch.autograd.Function):
         _setup(ctx, inputs, output)
         return output
 
-    backward = staticmethod(_backward)
+    backward: Any = staticmethod(once_differentiable(_backward))
