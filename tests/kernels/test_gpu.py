@@ -48,6 +48,7 @@ def test_compiles_ahead(name: str, architecture: int) -> None:
     assert "atom" not in compiled.asm["ptx"]
 
 
+@pytest.mark.slow
 def test_under_the_interpreter() -> None:
     here = Path(__file__).parent
     result = subprocess.run(

@@ -210,6 +210,7 @@ def test_a_compiled_model_gives_the_same_without_a_graph_break(
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_a_compiled_model_serves_requests_of_their_own(model: nn.Module, adapters: Adapters, tokens: Tensor) -> None:
     mixture = some_mixture(model, adapters, "glider")
     torch._dynamo.reset()
