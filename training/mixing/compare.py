@@ -111,7 +111,7 @@ class Comparison:
     def validated(self, method: str, rate: float) -> float:
         """The share of validation questions that a shorter training gets right."""
         model, _ = self.learn(method, self.spec(method, rate, CHOICE_STEPS))
-        return _right_token_by_token(model, list(sample(self.seed, CHOICE_QUESTIONS, "one", "observed")))
+        return right_token_by_token(model, list(sample(self.seed, CHOICE_QUESTIONS, "one", "observed")))
 
     def learn(self, method: str, spec: MixtureSpec) -> tuple[Any, dict[str, Any]]:
         """The trained model and what is to be said of its training."""
@@ -215,7 +215,7 @@ def _tokenizer() -> Any:
 
 
 @torch.inference_mode()
-def _right_token_by_token(model: Any, questions: Sequence[Question]) -> float:
+def right_token_by_token(model: Any, questions: Sequence[Question]) -> float:
     """The share of answers each of whose tokens is the most likely one after those before it."""
     pairs = [(q.query, q.answer) for q in sorted(questions, key=lambda question: len(question.query))]
     encoded = list(encode_pairs(_tokenizer(), pairs))
