@@ -21,6 +21,9 @@ from experts.mixing.install import Mixture as GateMixture
 from experts.mixing.state import RequestMixture
 from kernels import AdapterStack, mixed_lora
 
+_UNSOUND = 1e15
+"""No gate is asked about numbers beyond: it would refuse the whole batch for them. Their rows become NaN and fail."""
+
 _SHARE_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -183,9 +186,11 @@ class Site:
 
     def _add_gated(self, rows: GatedRows, x: Tensor, y: Tensor) -> None:
         own = x[rows.tokens]
+        sound = own.abs().amax(1, keepdim=True) < _UNSOUND  # NaN is not
+        own = torch.where(sound, own, 0)
         for name, part in zip(self.layers, torch.split(y, list(self.widths), 1), strict=True):
             if (layer := rows.gate.layers.get(name)) is not None:
-                part[rows.tokens] = layer.mixed(own, part[rows.tokens])
+                part[rows.tokens] = torch.where(sound, layer.mixed(own, part[rows.tokens]), torch.nan)
 
 
 class SiteLinear(nn.Module):

@@ -255,6 +255,25 @@ async def test_numbers_that_overflow_fail_their_request_alone(
     await base.unload_adapter("huge")
 
 
+async def test_a_gate_that_gets_numbers_that_overflow_fails_its_request_alone(
+    experts: dict[str, Expert], gate: Path, tmp_path: Path
+) -> None:
+    base = base_of(experts)
+    shutil.copytree(gate, tmp_path / "wild")
+    for name in ("left", "right"):
+        weights = tmp_path / "wild" / "adapters" / name / "adapter_model.safetensors"
+        save_file({key: tensor * 1e30 for key, tensor in load_file(weights).items()}, weights)
+    await base.load_adapter("wild", str(tmp_path / "wild"))
+    others = [ask(model=model, **ENDLESS) for model in ("base", "base+one", "base+gate:both")]
+    expected = [await text_of(base, request) for request in others]
+    running = [asyncio.create_task(text_of(base, request)) for request in others]
+    for _ in range(3):
+        with pytest.raises(ExpertUnavailableError, match="not finite"):
+            await run(base, ask(model="base+gate:wild"))
+    assert await asyncio.gather(*running) == expected
+    await base.unload_adapter("wild")
+
+
 async def test_a_client_that_vanishes_and_one_that_never_ends_harm_nobody(experts: dict[str, Expert]) -> None:
     base = base_of(experts)
     expected = await text_of(base, ask(model="base+two"))
