@@ -193,7 +193,7 @@ async def test_adapters_come_change_and_go_while_it_serves(
     assert await text_of(base, ask(model="base+mine")) == as_one
     long = await text_of(base, ask(model="base+one", **ENDLESS))
     running = asyncio.create_task(text_of(base, ask(model="base+mine", **ENDLESS)))
-    await until(lambda: len(base._engine._rows()))
+    await until(lambda: any(row.job.mixture.label == "mine:1" for row in base._engine._rows()))
     await base.load_adapter("mine", str(adapters[1]))
     assert await text_of(base, ask(model="base+mine")) == as_two
     await base.unload_adapter("mine")
