@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 _RETRY_AFTER_S = 1.0
 _JOIN_TIMEOUT_S = 30.0
 _UNHURRIED = 4
+_COPIES = 4
 
 T = TypeVar("T")
 
@@ -161,14 +162,18 @@ class Engine:
                 self._model.pool.release(job.mixture.adapters)
 
     def _admit(self) -> None:
-        """Begin to read the prompts of waiting jobs, while there is room for all rows of one and for its adapters."""
+        """Begin to read the prompts of waiting jobs, while there is room for all rows of one and for its adapters.
+
+        Where answers grow, no more begin in a turn once so many adapters were copied that these would wait for it.
+        """
         with self._changed:
             free = self.max_batch - len(self._rows())
+            most_loads = self._model.pool.loads + (_COPIES if self._growing() else self._model.pool.slots)
 
             def fits(job: Job) -> bool:
                 return job.rows <= free and self._acquire(job)
 
-            while free and (job := self._queue.pop(fits)) is not None:
+            while free and self._model.pool.loads < most_loads and (job := self._queue.pop(fits)) is not None:
                 if not job.cancelled:
                     free -= job.rows
                     self._begin(job)
