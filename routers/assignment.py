@@ -40,6 +40,7 @@ def _solve(shares: Floats, value: Floats, price: Floats, budget: float) -> AnyAr
         constraints=[one_each, affordable],
         integrality=np.ones(value.size),
         bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0},  # exact: the solver is content with 1e-4 otherwise
     )
     if found.x is None:
         raise RouterConfigError(f"no table was found within a budget of {budget:g}: {found.message}")
