@@ -136,7 +136,7 @@ def most_input_tokens(request: ExpertRequest, context_length: int) -> int:
 
 
 def most_output_tokens(data: bytes) -> int:
-    """The most tokens that a piece of a stream can be: one a byte of what it says, wherever it says it; at least one."""
+    """The most tokens that a piece of a stream can be: one a byte of what it says, wherever it does; at least one."""
     try:
         piece = orjson.loads(data)
     except orjson.JSONDecodeError:

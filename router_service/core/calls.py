@@ -50,7 +50,7 @@ class Lane:
 
 @dataclass(slots=True)
 class _Open:
-    """A call under way. `sent` says that its expert was asked, `grant` what it may use, `usage` what it said it used."""
+    """A call under way. `sent`: its expert was asked; `grant`: what it may use; `usage`: what it said that it used."""
 
     record: CallRecord
     lane: Lane
