@@ -25,10 +25,11 @@ import yaml
 
 from experts.errors import ExpertUnavailableError
 from experts.expert import ExpertRequest
+from routers.artefact import read_header
 from routers.ceilings import CostCeiling
 from routers.contracts import Candidate, Decision, Estimates, Observations, Query
 from routers.errors import NoExpertError, ObservationError
-from routers.policy import Objective, Policy, StrategyChoice, Target
+from routers.policy import Objective, Policy, RouterChoice, StrategyChoice, Target
 from routers.registry import create_router
 from routers.strategies import strategy_names
 from routers.strategies.acceptance import Acceptance
@@ -143,7 +144,7 @@ def tune_policy(
     """
     if len(table.train) < 2 * _FOLDS or not len(table.test):
         raise ObservationError("to tune a policy, a table needs rows of both splits, and some dozens to train on")
-    options = dict(policy.router.options)
+    options = _options(policy.router)
     against = _against(policy, target, table.train)
     estimated = _cross_fitted(policy.router.name, options, table.train, seed, on_step)
     acceptance = fit_acceptance(table.train, estimated.quality)
@@ -176,6 +177,11 @@ def tune_policy(
         train_low=mean_goal + float(least[place]),
         train_target=mean_goal,
     )
+
+
+def _options(router: RouterChoice) -> dict[str, Any]:
+    """With which the router is fitted anew: its own, or its artefact's."""
+    return dict(read_header(router.artefact)["config"] if router.artefact else router.options)
 
 
 def decide(policy: Policy, estimates: Estimates, observed: Observations) -> list[Decision | None]:
