@@ -152,11 +152,11 @@ class Ceilings(_Model):
 class Target(_Model):
     """The quality that `router-service policies tune` looks for the cheapest way to.
 
-    That of the best single expert, or of `expert`, less `within`; or `quality` itself.
+    That of the best single expert, or of `expert`, less `within` (below 0: so much above it); or `quality` itself.
     """
 
     expert: str | None = None
-    within: Annotated[float, Field(ge=0, le=1)] | None = None
+    within: Annotated[float, Field(ge=-1, le=1)] | None = None
     quality: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @model_validator(mode="after")

@@ -364,21 +364,28 @@ def _cross_fitted(name: str, options: dict[str, Any], train: Observations, seed:
 
 def _measured(played: Played, test: Observations, against: int, **chosen: Any) -> Tuned:
     draws = metrics.bootstrap(len(test), resamples=_RESAMPLES, seed=0)
-    quality = metrics.weighted_mean(played.quality, draws)
-    other_quality = metrics.weighted_mean(test.quality, draws)[:, against]
-    cost = 1000 * metrics.weighted_mean(played.cost_usd, draws)
-    other_cost = 1000 * metrics.weighted_mean(test.cost_usd, draws)[:, against]
+    both = np.isfinite(played.quality) & np.isfinite(test.quality[:, against])
+
+    def mean(values: metrics.Floats) -> metrics.Floats:
+        """Under each draw, over the queries on which both were observed."""
+        return metrics.weighted_mean(np.where(both, values, np.nan), draws)
+
+    other_quality, other_cost = (table[:, against].astype(np.float64) for table in (test.quality, test.cost_usd))
     return Tuned(
         **chosen,
         against=test.cards[against].name,
-        quality=_interval(quality),
-        against_quality=_interval(other_quality),
-        difference=_interval(quality - other_quality),
-        cost_usd_per_1k=_interval(cost),
-        against_cost_usd_per_1k=_interval(other_cost),
-        share_of_cost=float(cost[0] / other_cost[0]) if other_cost[0] else float("nan"),
+        quality=_interval(mean(played.quality)),
+        against_quality=_interval(mean(other_quality)),
+        difference=_interval(mean(played.quality - other_quality)),
+        cost_usd_per_1k=_interval(1000 * mean(played.cost_usd)),
+        against_cost_usd_per_1k=_interval(1000 * mean(other_cost)),
+        share_of_cost=_ratio(float(played.cost_usd[both].sum()), float(other_cost[both].sum())),
         calls=float(np.nanmean(played.calls)),
     )
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan
 
 
 def _interval(values: metrics.Floats) -> Interval:

@@ -76,7 +76,8 @@ def tune(
         typer.Option("--out", dir_okay=False, help="Write the tuned policy here; its file's name is its name."),
     ] = None,
     within: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Keep the best single expert's quality less this.  [.01]")
+        float | None,
+        typer.Option(min=-1, max=1, help="Keep the best single expert's quality less this; below 0, exceed it.  [.01]"),
     ] = None,
     against: Annotated[str | None, typer.Option(help="The expert that --within is about, instead of the best.")] = None,
     quality: Annotated[float | None, typer.Option(min=0, max=1, help="Or keep this quality.")] = None,
@@ -96,8 +97,8 @@ def tune(
 
       router-service policies tune deploy/policies/auto.yaml --observations experts/pocket --within 0
 
-      router-service policies tune deploy/policies/cascade.yaml --observations experts/pocket --within .01 --against
-      pocket-generalist
+      router-service policies tune deploy/policies/cascade.yaml --observations experts/pocket --strategy cascade
+      --against pocket-generalist --within -.02
     """
     from router_service.cli.progress import steps
     from routers.policy import Target, load_policy
