@@ -61,11 +61,7 @@ def _train(args: argparse.Namespace) -> None:
     from training.pocket.train import RECIPES, train
 
     for name in args.members:
-        given = {
-            field: value
-            for field in ("steps", "examples", "lr", "aggregation")
-            if (value := getattr(args, field)) is not None
-        }
+        given = {field: value for field in ("steps", "examples", "lr") if (value := getattr(args, field)) is not None}
         recipe = replace(RECIPES[name], **given)
         train(name, args.folder, args.work, args.seed, recipe, from_weights=args.from_weights)
 
@@ -126,7 +122,6 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=int, help="optimizer steps, instead of the recipe's")
     sub.add_argument("--examples", type=int, help="questions per step, instead of the recipe's")
     sub.add_argument("--lr", type=float, help="peak learning rate, instead of the recipe's")
-    sub.add_argument("--aggregation", type=float, help="share of aggregation prompts, instead of the recipe's")
     sub = command("evaluate", _evaluate, "Measure every expert on held-out questions.")
     _add_folders(sub)
     sub.add_argument("--one", type=int, default=1100, help="one-skill questions")
