@@ -225,6 +225,10 @@ class Policy(_Model):
             what = ", ".join([*map(repr, sorted(lost)), *(f"tag {tag!r}" for tag in sorted(lost_tags))])
             raise RouterConfigError(f"policy {self.name!r} speaks of {what}, which the fleet has not")
 
+    def allows(self, card: ExpertCard) -> bool:
+        """Whether the policy's selections leave `card` in."""
+        return self._barred(card) is None
+
     def choose(self, estimates: Estimates, cards: Sequence[ExpertCard], query: Query, *, row: int = 0) -> Decision:
         """Rank `cards` for `query`, whose estimates are in `row`. Raises `NoExpertError` where none is left."""
         candidates = self._candidates(estimates, row, cards)

@@ -6,6 +6,7 @@ What waits for the encoder is computed together, whoever asked: texts for differ
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from experts.errors import ExpertConfigError, ExpertRequestError, ExpertTimeoutE
 from experts.expert import Expert, ExpertRequest, Part, Usage
 from experts.fleet import EncoderSource, ExpertGroup, FleetEntry
 from experts.shared import Shared
+
+logger = logging.getLogger(__name__)
 
 _TEXTS_PER_BATCH = 512
 
@@ -89,16 +92,23 @@ class Runtime:
             job = self._waiting.pop(0)
             if job.done.set_running_or_notify_cancel():
                 jobs.append(job)
-        if not jobs:
-            return
+        if jobs and not self._answer(jobs) and len(jobs) > 1:
+            for job in jobs:  # one that cannot be encoded must not fail those beside it
+                self._answer([job], last=True)
+
+    def _answer(self, jobs: Sequence[_Job], *, last: bool = False) -> bool:
+        """Whether jobs were encoded. A failure, whatever it is, reaches them if there is nothing else to try."""
         try:
             results = self._encode(jobs)
-        except (ExpertConfigError, RuntimeError) as error:
-            for job in jobs:
-                job.done.set_exception(ExpertUnavailableError(f"the encoder failed: {error}"))
-            return
+        except Exception as error:
+            if last or len(jobs) == 1:
+                logger.warning("an encoder failed", exc_info=error)
+                for job in jobs:
+                    job.done.set_exception(ExpertUnavailableError(f"the encoder failed: {error}"))
+            return False
         for job, result in zip(jobs, results, strict=True):
             job.done.set_result(result)
+        return True
 
     def _encode(self, jobs: Sequence[_Job]) -> list[tuple[FloatArray, int]]:
         tokens = self.encoder.tokenize([text for job in jobs for text in job.texts])
@@ -135,7 +145,8 @@ class EmbeddingExpert:
         except TimeoutError as error:
             raise ExpertTimeoutError(f"expert {self._name!r} did not answer in time") from error
         usage = Usage(input_tokens=tokens)
-        return Part(reply(self._name, vectors, usage, as_base64=asked.as_base64), usage)
+        encoder = runtime.encoder.fingerprint
+        return Part(reply(self._name, vectors, usage, as_base64=asked.as_base64, encoder=encoder), usage)
 
     async def healthy(self) -> bool:
         """Whether its adapter is loaded."""

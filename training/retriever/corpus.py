@@ -16,6 +16,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,19 @@ Judged = Mapping[str, Mapping[str, int]]
 """Query id -> document id -> grade; documents that are not relevant are left out."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Corpus:
-    """Documents of one domain, which is named as its folder is: `ids[i]` is the id of `texts[i]`."""
+    """Documents of one domain, which is named as its folder is: the i-th has id, title and body at i."""
 
     folder: Path
     ids: Sequence[str]
-    texts: Sequence[str]
+    titles: Sequence[str]
+    bodies: Sequence[str]
+
+    @cached_property
+    def texts(self) -> Sequence[str]:
+        """What is embedded and searched: title before body."""
+        return [f"{title} {body}".strip() for title, body in zip(self.titles, self.bodies, strict=True)]
 
     @property
     def name(self) -> str:
@@ -43,19 +50,20 @@ class Corpus:
 
 
 def read_corpus(folder: Path) -> Corpus:
-    """The documents of a collection, title before text. Raises `CorpusError`, which names file and line."""
-    ids, texts = [], []
+    """The documents of a collection. Raises `CorpusError`, which names file and line."""
+    ids, titles, bodies = [], [], []
     for path, number, row in _rows(_found(folder, "corpus.jsonl")):
         title, text = row.get("title") or "", row.get("text")
         if not isinstance(row.get("_id"), str) or not isinstance(text, str) or not isinstance(title, str):
             raise CorpusError(f"{path}:{number}: a document has the strings _id and text, and may have a title")
         ids.append(row["_id"])
-        texts.append(f"{title} {text}".strip())
+        titles.append(title)
+        bodies.append(text)
     if not ids:
         raise CorpusError(f"{folder} has no documents")
     if len(set(ids)) < len(ids):
         raise CorpusError(f"{folder}: two documents have the same _id")
-    return Corpus(folder.resolve(), ids, texts)
+    return Corpus(folder.resolve(), ids, titles, bodies)
 
 
 def read_queries(folder: Path, judged: Judged) -> dict[str, str]:

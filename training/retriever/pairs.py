@@ -56,7 +56,10 @@ def pairs_of(corpus: Corpus, *, seed: int = 0, most: int = 6000, sentences: int 
     for query, _, document in found:
         relevant.setdefault(normalised(query), set()).add(document)
     order = rng.permutation(len(found))[:most]
-    chosen = [Pair(*found[i], frozenset(relevant[normalised(found[i][0])])) for i in order]
+    chosen = [
+        Pair(query, text, document, frozenset(relevant[normalised(query)]))
+        for query, text, document in (found[i] for i in order)
+    ]
 
     def unit(pair: Pair) -> Hashable:
         """What goes to one side as a whole: a judged query, or a document with its sentences."""
