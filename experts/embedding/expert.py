@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import ceil
@@ -34,7 +34,7 @@ def build_encoder(group: ExpertGroup) -> dict[str, Expert]:
     config = EmbedderConfig(model=source.model, max_tokens=source.max_tokens, pooling=source.pooling)
     files = EncoderFiles.find(config)
     encoder = AdaptedEncoder(Encoder(files, config))
-    encoder.load({entry.name: _folder(entry) for entry in group.adapters})
+    encoder.load({entry.name: _folder(entry.name, entry.adapter.path) for entry in group.adapters if entry.adapter})
     # As long as requests are, so that the first of them finds the kernels built.
     encoder.encode(encoder.tokenize(["warm up " * 32] * len(group.entries)), [None, *encoder.names])
     runtime = Runtime(encoder, files.dimensions, max_queue=source.max_queue, threads=ceil(group.resources.cpus))
@@ -46,11 +46,10 @@ def build_encoder(group: ExpertGroup) -> dict[str, Expert]:
     }
 
 
-def _folder(entry: FleetEntry) -> Path:
-    path = Path(entry.adapter.path if entry.adapter else "")
-    if not path.is_dir():
-        raise ExpertConfigError(f"expert {entry.name!r}: there is no folder {str(path)!r}")
-    return path
+def _folder(name: str, path: str) -> Path:
+    if not Path(path).is_dir():
+        raise ExpertConfigError(f"expert {name!r}: there is no folder {path!r}")
+    return Path(path)
 
 
 @dataclass(slots=True)
@@ -80,6 +79,10 @@ class Runtime:
         self._waiting.append(job)
         self._thread.submit(self._run)
         return await asyncio.wrap_future(job.done)
+
+    async def change(self, work: Callable[[], None]) -> None:
+        """Change the encoder's adapters, after all that waits now is computed."""
+        await asyncio.wrap_future(self._thread.submit(work))
 
     async def close(self) -> None:
         """End the thread once its batch is done."""
@@ -147,6 +150,22 @@ class EmbeddingExpert:
         usage = Usage(input_tokens=tokens)
         encoder = runtime.encoder.fingerprint
         return Part(reply(self._name, vectors, usage, as_base64=asked.as_base64, encoder=encoder), usage)
+
+    async def load_adapter(self, name: str, path: str, revision: str | None = None) -> None:
+        """Load an adapter from a folder beside the others, or replace it. Raises `ExpertConfigError`."""
+        if self._adapter is not None:
+            raise ExpertConfigError(f"expert {self._name!r} is an adapter itself, and can be no base")
+        runtime = self._shared.resource
+        await runtime.change(lambda: runtime.encoder.load({name: _folder(name, path)}))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter, once what waits for it is computed. Raises `ExpertConfigError` where there is none."""
+        runtime = self._shared.resource
+        await runtime.change(lambda: runtime.encoder.unload(name))
+
+    def adapted(self, entry: FleetEntry) -> EmbeddingExpert:
+        """The expert of an adapter that was loaded."""
+        return EmbeddingExpert(entry, entry.name, self._shared)
 
     async def healthy(self) -> bool:
         """Whether its adapter is loaded."""
