@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from experts.embedding.adapters import write_encoder
 from experts.fleet import Fleet
+from router_service.cli import app
+from router_service.cli.console import CommandError
 from tests.router_service.fakes import RedisProcess
 from tests.router_service.retrieving import AIR, MED, retriever_fleet, retrieving
 from tests.router_service.serving import Running, eventually
@@ -141,6 +144,28 @@ async def test_what_cannot_be_added_is_refused_and_changes_nothing(
         assert "med" not in await names(service)
         gone = await service.client.delete("/v1/adapters/air")
         assert (gone.status_code, "no adapter 'air' was added" in gone.text) == (404, True)
+
+
+async def test_the_commands_do_the_same(redis_server: RedisProcess, fleet: Fleet) -> None:
+    """What is added is named by the fleet file that a training wrote."""
+    file = Path(med(fleet)["path"]).parent / "fleet.yaml"
+
+    async def run(*arguments: str | Path) -> str:
+        words = ["experts", *map(str, arguments), "--url", service.url]
+        done = await asyncio.to_thread(CliRunner().invoke, app, words, catch_exceptions=False)
+        return done.stdout
+
+    async with retrieving(redis_server, fleet, leave_out=["med"]) as service:
+        assert await run("add", file, "med") == "med answers, on search\n"
+        assert {expert for expert, _ in await embedded(service)} == {"air", "med"}
+        with pytest.raises(CommandError, match="409: there is an expert 'med'"):
+            await run("add", file, "med")
+        with pytest.raises(CommandError, match="has no adapter 'search'"):
+            await run("add", file, "search")
+        assert await run("remove", "med") == "med is out of use\n"
+        assert "med" not in await names(service)
+        with pytest.raises(CommandError, match="404: no adapter 'med' was added"):
+            await run("remove", "med")
 
 
 async def test_where_there_are_keys_only_an_admins_changes_the_fleet(redis_server: RedisProcess, fleet: Fleet) -> None:

@@ -12,7 +12,7 @@ import yaml
 from experts.build import build_group
 from experts.errors import ExpertError, ExpertUnavailableError
 from experts.expert import Expert, ExpertRequest
-from experts.fleet import Fleet, FleetEntry
+from experts.fleet import AdapterSource, Fleet, FleetEntry
 from router_service.core.adapters import Adapters
 from router_service.errors import BadRequestError
 from router_service.state.link import RedisLink
@@ -78,9 +78,7 @@ async def test_every_replica_loads_an_added_adapter_and_forgets_it(fleet: Fleet)
     for found, known in zip(await vectors(experts["search"]), before, strict=True):
         assert found == pytest.approx(known, abs=2e-6)
 
-    wrong = entry.model_copy(
-        update={"adapter": entry.adapter and entry.adapter.model_copy(update={"path": "/nowhere"})}
-    )
+    wrong = entry.model_copy(update={"adapter": AdapterSource(base="search", path="/nowhere")})
     with pytest.raises(BadRequestError, match="there is no folder '/nowhere'"):
         await adapters.add(wrong)
     for expert in built.values():
