@@ -65,7 +65,7 @@ def add(
 
     Examples:
 
-      router-service promote router_retriever retriever-2/router
+      router-service promote retriever-2/router
 
       router-service experts add retriever-2/fleet.yaml search-npl
     """

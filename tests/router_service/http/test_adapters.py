@@ -15,7 +15,7 @@ from experts.fleet import Fleet
 from router_service.cli import app
 from router_service.cli.console import CommandError
 from tests.router_service.fakes import RedisProcess
-from tests.router_service.retrieving import AIR, MED, retriever_fleet, retrieving
+from tests.router_service.retrieving import AIR, MED, retriever_fleet, retrieving, router_of
 from tests.router_service.serving import Running, eventually
 
 pytestmark = pytest.mark.slow
@@ -146,26 +146,33 @@ async def test_what_cannot_be_added_is_refused_and_changes_nothing(
         assert (gone.status_code, "no adapter 'air' was added" in gone.text) == (404, True)
 
 
-async def test_the_commands_do_the_same(redis_server: RedisProcess, fleet: Fleet) -> None:
-    """What is added is named by the fleet file that a training wrote."""
+async def test_the_commands_do_the_same(
+    redis_server: RedisProcess, fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is added is named by the fleet file that a training wrote, beside the router with its pilots."""
     file = Path(med(fleet)["path"]).parent / "fleet.yaml"
+    router_of(fleet).save(tmp_path)
+    monkeypatch.setenv("REDIS_URL", redis_server.url)
 
     async def run(*arguments: str | Path) -> str:
-        words = ["experts", *map(str, arguments), "--url", service.url]
+        words = [*map(str, arguments), "--url", service.url]
         done = await asyncio.to_thread(CliRunner().invoke, app, words, catch_exceptions=False)
         return done.stdout
 
     async with retrieving(redis_server, fleet, leave_out=["med"]) as service:
-        assert await run("add", file, "med") == "med answers, on search\n"
+        assert "in service" in await run("promote", tmp_path)
+        promoted = (await service.client.get("/readyz")).json()["promotions"]["router_retriever"]
+        assert promoted["folder"] == str(tmp_path)
+        assert await run("experts", "add", file, "med") == "med answers, on search\n"
         assert {expert for expert, _ in await embedded(service)} == {"air", "med"}
         with pytest.raises(CommandError, match="409: there is an expert 'med'"):
-            await run("add", file, "med")
+            await run("experts", "add", file, "med")
         with pytest.raises(CommandError, match="has no adapter 'search'"):
-            await run("add", file, "search")
-        assert await run("remove", "med") == "med is out of use\n"
+            await run("experts", "add", file, "search")
+        assert await run("experts", "remove", "med") == "med is out of use\n"
         assert "med" not in await names(service)
         with pytest.raises(CommandError, match="404: no adapter 'med' was added"):
-            await run("remove", "med")
+            await run("experts", "remove", "med")
 
 
 async def test_where_there_are_keys_only_an_admins_changes_the_fleet(redis_server: RedisProcess, fleet: Fleet) -> None:
