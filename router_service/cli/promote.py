@@ -41,9 +41,9 @@ def promote(
 
       router-service promote retriever-2/router
     """
-    from routers.artefact import read
+    from routers.artefact import read_header
 
-    put_in_service(url, read(folder).header["router"], folder)
+    put_in_service(url, read_header(folder)["router"], folder)
     out.print(f"in service: {folder}", soft_wrap=True)
 
 
