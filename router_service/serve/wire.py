@@ -10,7 +10,13 @@ from typing import Any, Literal, TypeAlias, cast
 
 import orjson
 
-from experts.errors import ExpertError, ExpertRequestError, ExpertTimeoutError, ExpertUnavailableError
+from experts.errors import (
+    ExpertConfigError,
+    ExpertError,
+    ExpertRequestError,
+    ExpertTimeoutError,
+    ExpertUnavailableError,
+)
 from experts.expert import Endpoint, ExpertRequest, Part, Usage, Work
 
 Request: TypeAlias = tuple[str, str, bytes, float, str]
@@ -26,7 +32,8 @@ Reply: TypeAlias = (
 ACCEPTED: Reply = ("accepted",)
 
 _ERRORS: dict[str, type[ExpertError]] = {
-    error.__name__: error for error in (ExpertRequestError, ExpertUnavailableError, ExpertTimeoutError)
+    error.__name__: error
+    for error in (ExpertConfigError, ExpertRequestError, ExpertUnavailableError, ExpertTimeoutError)
 }
 _FIELDS = ("status", "param", "code", "retry_after_s")
 
