@@ -199,6 +199,10 @@ class LocalExpert:
         if unloaded is not None:
             self._engine.forget(unloaded)
 
+    def adapted(self, entry: FleetEntry) -> LocalExpert:
+        """The expert that answers through the loaded adapter of the entry's name."""
+        return LocalExpert(entry, wanted_by(entry), self._shared)
+
     async def healthy(self) -> bool:
         """Whether its engine runs."""
         return self._engine.alive

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from experts.build import build_experts
 from experts.errors import ExpertConfigError, ExpertRequestError, ExpertUnavailableError
 from experts.expert import Expert
-from experts.fleet import Fleet, load_fleet
+from experts.fleet import Fleet, FleetEntry, load_fleet
 from experts.local.expert import LocalExpert
 from experts.mixing import RequestMixture, install_mixture, load_mixture, read_adapters
 from experts.mixtures import MixtureName, is_mixture, parse_mixture
@@ -191,6 +191,10 @@ async def test_adapters_come_change_and_go_while_it_serves(
     as_one, as_two = [await text_of(base, ask(model=f"base+{name}")) for name in ("one", "two")]
     await base.load_adapter("mine", str(adapters[0]))
     assert await text_of(base, ask(model="base+mine")) == as_one
+    entry = FleetEntry(name="mine", context_length=512, adapter={"base": "base", "path": str(adapters[0])})
+    adapted = base.adapted(entry)
+    assert await text_of(adapted, ask()) == as_one
+    await adapted.close()
     long = await text_of(base, ask(model="base+one", **ENDLESS))
     running = asyncio.create_task(text_of(base, ask(model="base+mine", **ENDLESS)))
     await until(lambda: any(row.job.mixture.label == "mine:1" for row in base._engine._rows()))
