@@ -56,7 +56,8 @@ def _plans(
     slots: list[tuple[tuple[RouterChoice, str], RouterSlot]] = []
     plans = {}
     for name, policy in policies.items():
-        able = [card for card in cards if (card.kind == "embedding") == (policy.serves == "embeddings")]
+        embeds = policy.serves == "embeddings"
+        able = [card for card in cards if card.routed and (card.kind == "embedding") == embeds]
         wanted = (policy.router, policy.serves)
         slot = next((slot for choice, slot in slots if choice == wanted), None)
         if slot is None:

@@ -1,10 +1,10 @@
 """The pocket models: tiny Llamas, and what makes them train fast on a CPU.
 
 A model computes in bfloat16 where the CPU multiplies it faster than float32 (with AMX several times, with AVX-512's
-bfloat16 twice; without them float32 is the faster one), while the optimizer steps on float32 masters (*Mixed Precision Training*, arXiv
-1710.03740). A low-rank adapter (LoRA, arXiv 2106.09685)
-is trained through the weight it makes, ``W + s B A``: the gradient of that small matrix gives those of ``A`` and
-``B`` exactly, and a step costs no more than one of full training.
+bfloat16 twice; without them float32 is the faster one), while the optimizer steps on float32 masters (*Mixed
+Precision Training*, arXiv 1710.03740). A low-rank adapter (LoRA, arXiv 2106.09685) is trained through the weight it
+makes, ``W + s B A``: the gradient of that small matrix gives those of ``A`` and ``B`` exactly, and a step costs no
+more than one of full training.
 """
 
 from pathlib import Path

@@ -4,7 +4,7 @@ A demonstration is made for a fleet of its own: names, descriptions and prices v
 twice, and there are experts for things that nobody ever asked. So the policy learns to read cards instead of learning
 the names of this fleet. `UNSEEN` is in none of them: neither its questions nor its card.
 
-What experts reply is the exact answer, often with a slip in it: what is copied from an expert must be copied, not known.
+What experts reply is the exact answer, often with a slip in it: it is to be copied, not known.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from random import Random
 
 from experts.cards import ExpertCard
-from routers.strategies.router_r1.protocol import MAX_CALLS, Message, information, opening
+from routers.strategies.router_r1.protocol import MAX_CALLS, NO_REPLY, Message, information, opening
 from training.pocket.aggregation import near_miss
 from training.pocket.composed import COMPOSITIONS, Composition
 from training.pocket.curriculum import repetition
@@ -23,8 +23,6 @@ from training.pocket.skills.words import COMMON, any_word, made_up
 
 UNSEEN = "logic"
 """The specialist that the policy is never shown in training, to measure what it does with a card alone."""
-NO_REPLY = "error: no reply"
-"""What the policy reads where a call failed."""
 LONGEST_REPLY = 200
 NOT_KNOWN = "I do not know."
 

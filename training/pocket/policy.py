@@ -1,8 +1,8 @@
 """Trains Router-R1's pocket policy on demonstrations: the warm start before reinforcement (``training.router_r1``).
 
 It begins with the base's weights, which can copy and spell, and learns a few tokens more: the protocol's tags and the
-words of cards. A fleet's cards are most of a prompt, so several conversations share one reading of them: a *sheet* is the
-cards once and the conversations behind them, each of which sees the cards and itself alone.
+words of cards. A fleet's cards are most of a prompt, so several conversations share one reading of them: a *sheet* is
+the cards once and the conversations behind them, each of which sees the cards and itself alone.
 """
 
 import logging
@@ -153,9 +153,7 @@ def use_sheets(model: "LlamaForCausalLM") -> None:
     model.set_attn_implementation(_ATTENTION)
 
 
-def train_policy(
-    folder: Path, work: Path, seed: int = 0, recipe: Recipe = RECIPE, stop_at: int | None = None
-) -> float:
+def train_policy(folder: Path, work: Path, seed: int = 0, recipe: Recipe = RECIPE, stop_at: int | None = None) -> float:
     """Trains the policy on demonstrations and writes it under ``folder``; returns the last loss per token, in nats.
 
     Args:

@@ -22,9 +22,16 @@ MAX_CALLS = 4
 """How many experts the policy may ask for one question."""
 LAST_TURN = "No calls are left: answer now."
 """Added to the information after the last call."""
+NO_REPLY = "error: no reply"
+"""The information after a call that failed."""
 TAGS = ("think", "search", "information", "answer")
+CLOSING = ("</search>", "</answer>")
+"""What ends a turn."""
+_SPELLED = [f"<{slash}{tag}>" for tag in TAGS for slash in ("", "/")]
 
-_TAG = re.compile(rf"<(/?)({'|'.join(TAGS)})>")
+_TAG = re.compile("|".join(map(re.escape, _SPELLED)))
+_BEGUN = sorted({re.escape(tag[:end]) for tag in _SPELLED for end in range(1, len(tag))})
+_MAYBE_TAG = re.compile(f"{_TAG.pattern}|(?:{'|'.join(_BEGUN)})$")
 _LIKE_A_TAG = re.compile(rf"<(?=[\s/\\]*(?:{'|'.join(TAGS)})\b)|<(?=\|)", re.IGNORECASE)
 
 
@@ -40,6 +47,12 @@ class Turn:
     text: str
     thought: str = ""
     expert: str | None = None
+
+
+def first_turn(text: str) -> str:
+    """`text` up to its first closing tag of a search or an answer: what comes after it is not the policy's to write."""
+    ends = [place + len(tag) for tag in CLOSING if (place := text.find(tag)) >= 0]
+    return text[: min(ends)] if ends else text
 
 
 def parse(turn: str, experts: Sequence[str]) -> Turn:
@@ -64,7 +77,10 @@ def parse(turn: str, experts: Sequence[str]) -> Turn:
 
 
 def _section(tag: str, text: str) -> tuple[str | None, str]:
-    """What `text` has in its leading pair of `tag`, and what follows; None where it has no such pair with text alone."""
+    """What `text` has in its leading pair of `tag`, and what follows; None where it begins with no such pair.
+
+    A pair with another tag in it is none.
+    """
     text = text.lstrip()
     opening, closing = f"<{tag}>", f"</{tag}>"
     end = text.find(closing)
@@ -80,7 +96,34 @@ def _search(said: str, thought: str, experts: Sequence[str]) -> Turn:
         return Turn("broken", f"no expert is named {said.partition(':')[0].strip()[:100]!r}", thought)
     expert = max(found, key=len)
     sub_query = said[len(expert) + 1 :].strip()
-    return Turn("search", sub_query, thought, expert) if sub_query else Turn("broken", "the sub-query is empty", thought)
+    return (
+        Turn("search", sub_query, thought, expert) if sub_query else Turn("broken", "the sub-query is empty", thought)
+    )
+
+
+def shown(turn: str) -> tuple[str, str]:
+    """The thought and the answer of a turn that is still being written, as far as they are certain.
+
+    Each is the beginning of what it will be: the end of `turn` is held back where it may be the beginning of a tag, or
+    space before one.
+    """
+    text = turn.lstrip()
+    if not text.startswith("<think>"):
+        return "", ""
+    thought, closed, rest = text.removeprefix("<think>").partition("</think>")
+    if not closed:
+        return _certain(thought), ""
+    rest = rest.lstrip()
+    if _TAG.search(thought) or not rest.startswith("<answer>"):
+        return thought.strip(), ""
+    answer = rest.removeprefix("<answer>").partition("</answer>")[0]
+    return thought.strip(), _certain(answer)
+
+
+def _certain(text: str) -> str:
+    """`text` before what is, or may become, a tag of the protocol."""
+    tag = _MAYBE_TAG.search(text)
+    return (text[: tag.start()] if tag else text).strip()
 
 
 def escape(text: str) -> str:
