@@ -25,6 +25,7 @@ def train_router_r1(
         Path | None,
         typer.Option("--out", resolve_path=True, help="Folder that the policy goes to; never overwritten."),
     ] = None,
+    policy: Annotated[str | None, typer.Option(help="Folder, or hub name, of the policy to begin with.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Decides all that is random.")] = None,
     cost_weight: Annotated[
         float | None, typer.Option(min=0, max=1, help="What of a right answer's reward is for cheapness.")
@@ -38,7 +39,7 @@ def train_router_r1(
 ) -> None:
     """Train the policy model of the strategy router_r1 by reinforcement (GRPO, through TRL).
 
-    --out, --seed and --cost-weight may stand in the file as well. A run that was killed goes on where it was when the
+    --policy, --out, --seed and --cost-weight may stand in the file as well. A run that was killed goes on where it was when the
     same command is given again. docs/router_r1.md lists the file's fields; OUT/curves is for TensorBoard.
 
     Examples:
@@ -49,7 +50,8 @@ def train_router_r1(
     """
     from training.router_r1.spec import read_spec
 
-    spec = read_spec(config, out=out_folder, seed=seed, cost_weight=cost_weight)
+    start = str(Path(policy).resolve()) if policy and Path(policy).is_dir() else policy
+    spec = read_spec(config, policy=start, out=out_folder, seed=seed, cost_weight=cost_weight)
     report = _as_job(spec, config, resume, address, working_dir, wait) if submit else _here(spec, resume)
     if report is None:
         return
@@ -72,7 +74,7 @@ def _as_job(
     """The report that the job left in the shared folder; None where nobody waits for it."""
     from training.router_r1.train import read_report
 
-    command = [*train_command("router_r1"), "--config", str(config), "--out", str(spec.out)]
+    command = [*train_command("router_r1"), "--config", str(config), "--policy", spec.policy, "--out", str(spec.out)]
     command += ["--seed", str(spec.seed), "--cost-weight", str(spec.cost_weight)]
     command = command if resume else [*command, "--no-resume"]
     run_as_job(command, out_folder=spec.out, address=address, working_dir=working_dir, wait=wait)

@@ -141,7 +141,7 @@ class Fleet:
         self._rng = rng
         self.invented = [_topics(rng) for _ in range(rng.choice((0, 1, 2, 3)))]
         parts = self._parts()
-        real_names, real_prices = rng.random() < 0.5, rng.random() < 0.5
+        real_names, real_prices = rng.random() < 0.6, rng.random() < 0.6
         listed = [self._listed(part, real_names, real_prices) for part in parts]
         listed += [self._invented(topics) for topics in self.invented]
         rng.shuffle(listed)
@@ -161,7 +161,7 @@ class Fleet:
 
     def _parts(self) -> list[str]:
         rng = self._rng
-        whole = rng.random() < 0.4
+        whole = rng.random() < 0.5
         parts = [part for part in _SPECIALISTS if whole or rng.random() < 0.6]
         if rng.random() < 0.2:
             parts.append(rng.choice(_SPECIALISTS))
@@ -264,14 +264,14 @@ def _two_steps(rng: Random, split: Split) -> tuple[str, list[Planned]]:
 def demonstration(rng: Random, fleet: Fleet, split: Split = "train") -> list[Message]:
     """A conversation for this fleet, from its cards to the policy's answer."""
     kind = rng.random()
-    if kind < 0.04:
+    if kind < 0.03:
         query, answer = repetition(rng)
         said = f"<think>I can do this myself.</think><answer>{answer}</answer>"
         return [*opening(fleet.cards, query), {"role": "assistant", "content": said}]
-    if kind < 0.24:
+    if kind < 0.18:
         query, steps = _invented_steps(rng, fleet)
     else:
-        query, steps = _one_step(rng, split) if kind < 0.52 else _two_steps(rng, split)
+        query, steps = _one_step(rng, split) if kind < 0.45 else _two_steps(rng, split)
     return [*opening(fleet.cards, query), *_turns(rng, fleet, steps)]
 
 

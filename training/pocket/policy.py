@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECIPE = Recipe(steps=600, examples=64, lr=3e-3, warmup=30, weight_decay=0.05, checkpoint_every=50)
+RECIPE = Recipe(steps=1500, examples=32, lr=3e-3, warmup=30, weight_decay=0.05, checkpoint_every=50)
 _BRANCHES = 16
 _LOG_EVERY = 25
 _ATTENTION = "pocket_sheet"

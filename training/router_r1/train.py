@@ -121,6 +121,17 @@ def make_environment(spec: RouterR1Spec) -> Environment:
     )
 
 
+def limits_of(spec: RouterR1Spec) -> Limits:
+    """The bounds of the spec's rollouts."""
+    return Limits(
+        completion_tokens=spec.completion_tokens,
+        turn_tokens=spec.turn_tokens,
+        reply_chars=spec.reply_chars,
+        max_calls=spec.max_calls,
+        temperature=spec.temperature,
+    )
+
+
 def load_policy(spec: RouterR1Spec) -> tuple[Any, Any]:
     """The policy model and its tokenizer. Raises `TrainJobError`."""
     import torch
@@ -174,18 +185,13 @@ class Run:
         model = trainer.accelerator.unwrap_model(trainer.model)
         generator = torch.Generator(device=model.device)
         generator.manual_seed(hash((self._spec.seed, trainer.state.global_step)) % 2**31)
-        limits = Limits(
-            completion_tokens=self._spec.completion_tokens,
-            turn_tokens=self._spec.turn_tokens,
-            reply_chars=self._spec.reply_chars,
-            max_calls=self._spec.max_calls,
-            temperature=self._spec.temperature,
-        )
         training = model.training
         model.eval()
         try:
             conversations = [(prompt, self._cards) for prompt in prompts]
-            episodes = roll_out(model, self._tokenizer, conversations, self._environment, limits, generator)
+            episodes = roll_out(
+                model, self._tokenizer, conversations, self._environment, limits_of(self._spec), generator
+            )
         finally:
             model.train(training)
         return {
