@@ -39,8 +39,8 @@ def train_router_r1(
 ) -> None:
     """Train the policy model of the strategy router_r1 by reinforcement (GRPO, through TRL).
 
-    --policy, --out, --seed and --cost-weight may stand in the file as well. A run that was killed goes on where it was when the
-    same command is given again. docs/router_r1.md lists the file's fields; OUT/curves is for TensorBoard.
+    --policy, --out, --seed and --cost-weight may stand in the file as well. A run that was killed goes on where it was
+    when the same command is given again. docs/router_r1.md lists the file's fields; OUT/curves is for TensorBoard.
 
     Examples:
 

@@ -118,7 +118,9 @@ def _attention(
     **_: object,
 ) -> tuple[Tensor, None]:
     """Attention of a sheet, ``[1, heads, T, d]``: conversations see the cards and their own past."""
-    cards = functional.scaled_dot_product_attention(*(x[:, :, :prefix] for x in (query, key, value)), is_causal=True)
+    cards = functional.scaled_dot_product_attention(
+        query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], is_causal=True
+    )
     q, k, v = (_apart(x[0, :, prefix:], filled) for x in (query, key, value))
     past = torch.ones(filled.shape[1], filled.shape[1], dtype=torch.bool).tril()
     near = (q @ k.transpose(2, 3)).masked_fill(~past, float("-inf")).transpose(1, 2)[filled].transpose(0, 1)

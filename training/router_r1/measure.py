@@ -56,7 +56,7 @@ def play(
 
 
 def figures(episodes: Sequence[Episode], questions: Sequence[Asked], *, resamples: int = 1000) -> dict[str, Json]:
-    """By kind of question: how many, share right, calls, cost of the calls in USD for a thousand questions, broken."""
+    """By kind of question: how many, share right, calls, USD for the calls of a thousand questions, broken."""
     measured: dict[str, Json] = {}
     for kind in dict.fromkeys(question.kind for question in questions):
         rows = [(one, question) for one, question in zip(episodes, questions, strict=True) if question.kind == kind]
@@ -65,7 +65,7 @@ def figures(episodes: Sequence[Episode], questions: Sequence[Asked], *, resample
         columns = {
             "right": [outcome.quality for outcome in outcomes],
             "calls": [float(len(one.searches)) for one, _ in rows],
-            "output_usd_per_1k": [outcome.cost / 1e3 for outcome in outcomes],
+            "usd_per_1k": [1e3 * one.usd for one, _ in rows],
             "broken": [float(outcome.broken is not None) for outcome in outcomes],
         }
         measured[kind] = {

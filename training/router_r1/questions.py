@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from training.errors import TrainJobError
 from training.graders import f1, same_words
-from training.pocket.grading import is_right, sample
+from training.pocket.grading import Kind, is_right, sample
 from training.pocket.questions import Split
 
 Metric = Literal["exact", "f1"]
@@ -25,18 +25,20 @@ TRAIN_BELOW = 350
 
 @dataclass(frozen=True)
 class Asked:
-    """A question and how its answer is graded, 0..1. `kind` groups questions in reports."""
+    """A question and how its answer is graded, 0..1. `kind` groups questions in reports; pocket ones have `skills`."""
 
     id: str
     text: str
     kind: str
     grade: Callable[[str], float]
+    skills: tuple[str, ...] = ()
 
 
 def pocket_questions(seed: int, one: int, two: int, split: Split, without: Sequence[str] = ()) -> list[Asked]:
     """One-skill and two-skill pocket questions of a split, none of the skills in ``without``."""
     found: list[Asked] = []
-    for kind, count in (("one", one), ("two", two)):
+    counts: tuple[tuple[Kind, int], ...] = (("one", one), ("two", two))
+    for kind, count in counts:
         if not count:
             continue
         drawn = sample(seed, 4 * count if without else count, kind, split)
@@ -46,7 +48,7 @@ def pocket_questions(seed: int, one: int, two: int, split: Split, without: Seque
             def grade(answer: str, skills: tuple[str, ...] = question.skills, right: str = question.answer) -> float:
                 return float(is_right(skills, right, answer))
 
-            found.append(Asked(question.id, question.query, kind, grade))
+            found.append(Asked(question.id, question.query, kind, grade, question.skills))
     return found
 
 

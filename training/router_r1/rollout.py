@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from experts.cards import ExpertCard
+from experts.expert import Usage
 from routers.strategies.router_r1.protocol import CLOSING, MAX_CALLS, Message, first_turn, information, parse
 from training.router_r1.environment import Environment, Search
 
@@ -33,6 +34,7 @@ class Episode:
         turns: The policy's turns as text.
         searches: Who was asked what, in order, and `replies` what the policy read of it.
         cost: Sum over the calls of output tokens times USD per million output tokens.
+        usd: What the calls cost, input included.
         answer: What was answered; None where nothing was.
         broken: Why the format is broken.
     """
@@ -46,6 +48,7 @@ class Episode:
     searches: list[Search] = field(default_factory=list)
     replies: list[str] = field(default_factory=list)
     cost: float = 0.0
+    usd: float = 0.0
     answer: str | None = None
     broken: str | None = None
     done: bool = False
@@ -126,7 +129,9 @@ def roll_out(
             break
         found = environment.replies([one.searches[-1] for one in searching])
         for one, reply in zip(searching, found, strict=True):
-            one.cost += reply.output_tokens * one.cards[one.searches[-1].expert].output_price
+            card = one.cards[one.searches[-1].expert]
+            one.cost += reply.output_tokens * card.output_price
+            one.usd += card.cost(Usage(reply.input_tokens, reply.output_tokens))
             read = information(reply.text, limits.reply_chars, last=calls + 1 == limits.max_calls)
             one.replies.append(reply.text)
             tokens = frame.reply(read)

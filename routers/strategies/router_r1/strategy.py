@@ -49,7 +49,7 @@ class RouterR1Options(StrategyOptions):
 
     A call of an expert may take `call_timeout_s` seconds and write `reply_tokens`, fewer where more would cost above
     `call_usd`; the policy reads `reply_chars` characters of it. A turn of the policy is at most `turn_tokens`. The
-    first `most_experts` of the ranking are listed.
+    first `most_experts` of the ranking are listed, by name: alike openings let an engine keep what it has read.
     """
 
     policy: str
@@ -142,8 +142,9 @@ class _Episode:
 
     def __post_init__(self) -> None:
         self.deadline = asyncio.get_running_loop().time() + self.request.timeout_s
-        ranked = self.decision.ranking[: self.options.most_experts]
-        self.cards = {one.expert: one.card for one in ranked if one.expert != self.options.policy}
+        ranked = [one for one in self.decision.ranking if one.expert != self.options.policy]
+        listed = sorted(ranked[: self.options.most_experts], key=lambda one: one.expert)
+        self.cards = {one.expert: one.card for one in listed}
         question = query_from_body(self.request.endpoint, self.request.body).text
         self.messages = opening(list(self.cards.values()), question, self.options.instructions)
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from routers.strategies.router_r1.protocol import opening
-from tests.training.router_r1.conftest import CARDS, conversation, questions
+from tests.training.router_r1.by_heart import CARDS, conversation, questions
 from training.router_r1.environment import Environment
 from training.router_r1.rollout import Episode, Frame, Limits, roll_out
 
