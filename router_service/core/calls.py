@@ -97,6 +97,7 @@ class Caller:
 
     async def _call(self, expert: str, request: ExpertRequest, why: str) -> AsyncGenerator[Part]:
         record, lane = self._begin(expert, why)
+        record.asked = self._asked(request)
         started = time.perf_counter()
         usage: Usage | None = None
         grant: Grant | None = None
@@ -161,6 +162,12 @@ class Caller:
         if request.timeout_s <= remaining_s + _SLACK_S:
             return request
         return replace(request, timeout_s=remaining_s)
+
+    def _asked(self, request: ExpertRequest) -> str | None:
+        """The last message where a strategy wrote it, if texts are kept."""
+        messages = request.body.get("messages")
+        said = messages[-1].get("content") if messages else None
+        return said if self._trace.text is not None and isinstance(said, str) and said != self._trace.text else None
 
     def _guess(self, record: CallRecord, grant: Grant | None) -> Usage:
         """The usage of a call that never told it: the prompt, and a token for each part."""

@@ -69,13 +69,16 @@ def r1(**fields: Any) -> Policy:
     return policy("r1", strategy={"name": "router_r1", "options": options}, constraints={"deny": deny}, **fields)
 
 
-async def ask(fleet: Fleet, redis: RedisProcess, policies: list[Policy], **body: Any) -> tuple[Any, dict[str, Any]]:
+async def ask(
+    fleet: Fleet, redis: RedisProcess, policies: list[Policy], *, texts: bool = True, **body: Any
+) -> tuple[Any, dict[str, Any]]:
     """The answer to the first two-skill question, and the ledger's entry."""
     built = build_experts(fleet)
     names = [Named(name, expert) for name, expert in built.items()]
     cards = {card.name: card.model_dump(exclude={"name"}) for card in fleet.cards}
     running: Running
-    async with serving(redis, *names, policies=policies, cards=cards) as running:  # type: ignore[arg-type]
+    kept = {"ROUTER_LEDGER_TEXT": "1" if texts else "0"}
+    async with serving(redis, *names, policies=policies, cards=cards, environment=kept) as running:  # type: ignore[arg-type]
         question = questions()[2]
         answer = await running.chat("auto:r1", question.query, **body)
         return answer, (await running.stream(count=1))[0]
@@ -92,10 +95,17 @@ async def test_it_asks_the_fleet_and_answers_with_its_whole_trace_in_the_ledger(
     assert [call["expert"] for call in entry["calls"]] == [
         POLICY_MODEL, specialists[0], POLICY_MODEL, specialists[1], POLICY_MODEL,
     ]  # fmt: skip
-    assert question.steps[0].query in entry["calls"][1]["why"]
+    assert entry["calls"][1]["asked"] == question.steps[0].query
+    assert entry["calls"][2]["asked"] == f"<information>{question.steps[0].answer}</information>"
     assert question.steps[1].query in message["reasoning_content"]
     assert entry["cost_usd"] == pytest.approx(sum(call["cost_usd"] for call in entry["calls"]))
     assert POLICY_MODEL not in {one["expert"] for one in entry["decision"]["ranking"]}
+
+
+async def test_no_text_is_in_the_ledger_unless_it_keeps_texts(fleet: Fleet, redis_server: RedisProcess) -> None:
+    _, entry = await ask(fleet, redis_server, [policy(), r1()], texts=False)
+    assert len(entry["calls"]) == 5
+    assert not any(step.query in json.dumps(entry) for step in questions()[2].steps)
 
 
 async def test_thought_and_answer_are_streamed_apart(fleet: Fleet, redis_server: RedisProcess) -> None:

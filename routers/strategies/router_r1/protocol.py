@@ -93,7 +93,7 @@ def _section(tag: str, text: str) -> tuple[str | None, str]:
 def _search(said: str, thought: str, experts: Sequence[str]) -> Turn:
     found = [name for name in experts if said.startswith(f"{name}:")]
     if not found:
-        return Turn("broken", f"no expert is named {said.partition(':')[0].strip()[:100]!r}", thought)
+        return Turn("broken", "it asks nobody who is listed", thought)
     expert = max(found, key=len)
     sub_query = said[len(expert) + 1 :].strip()
     return (

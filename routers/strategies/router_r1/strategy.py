@@ -213,7 +213,7 @@ class _Episode:
         if tokens < 1:
             return NO_REPLY
         body = {"messages": messages, "temperature": 0, "max_tokens": tokens}
-        ask = Ask(expert=expert, body=body, why=f"asked by {options.policy}, call {number}: {sub_query[:200]}")
+        ask = Ask(expert=expert, body=body, why=f"asked by {options.policy}, call {number}")
         by = min(self.deadline, asyncio.get_running_loop().time() + options.call_timeout_s)
         try:
             reply = await collect(self.call, ask, self.request, by=by)
