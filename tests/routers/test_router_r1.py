@@ -281,6 +281,44 @@ async def test_a_hostile_reply_is_read_as_text_alone(reply: str) -> None:
     assert "<|" not in read["content"]
 
 
+class Endless(Fleet):
+    """Its experts, the policy among them, never stop, whatever bound they are given."""
+
+    def __init__(self, turns: list[str | ExpertError], *endless: str, **experts: str) -> None:
+        super().__init__(turns, **experts)
+        self.endless = endless
+        self.written = 0
+        self.closed: list[str] = []
+
+    async def __call__(self, expert: str, request: ExpertRequest, *, why: str) -> AsyncGenerator[Part, None]:
+        if expert not in self.endless:
+            async for part in super().__call__(expert, request, why=why):
+                yield part
+            return
+        self.calls.append((expert, request, why))
+        try:
+            while True:
+                self.written += 1
+                yield Part(json.dumps({"choices": [{"index": 0, "delta": {"content": "flood "}}]}).encode())
+        finally:
+            self.closed.append(expert)
+
+
+async def test_an_expert_that_never_stops_is_cut_off() -> None:
+    fleet = Endless([search("adder", "1 + 1"), answer("2")], "adder")
+    assert (await message(fleet, reply_chars=60))["content"] == "2"
+    assert fleet.closed == ["adder"]
+    assert fleet.written == 11
+    assert len(fleet.calls[-1][1].body["messages"][-1]["content"]) < 60 + 40
+
+
+async def test_a_policy_that_never_stops_is_cut_off() -> None:
+    fleet = Endless([], "policy", adder="four")
+    assert (await message(fleet, turn_tokens=16))["content"] == "four"
+    assert fleet.closed == ["policy"]
+    assert fleet.written < 60
+
+
 async def test_a_call_is_bounded_in_tokens_and_cost() -> None:
     fleet = Fleet([search("adder", "1 + 1"), answer("2")], adder="2")
     await message(fleet, reply_tokens=100, call_usd=60e-6)  # 5 bytes in at 1e-6, the rest out at 2e-6

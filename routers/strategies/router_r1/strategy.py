@@ -43,6 +43,9 @@ from routers.strategies.router_r1.protocol import (
 )
 from routers.strategies.single import SingleStrategy
 
+_CHARS_PER_TOKEN = 16
+"""More than a token has in any tokenizer, but for runs of spaces: where a model ignores its bound, it is cut here."""
+
 
 class RouterR1Options(StrategyOptions):
     """Which expert is the policy (`policy`), what it is told before the cards, and what bounds its calls.
@@ -196,7 +199,7 @@ class _Episode:
                     yield Turn("broken", "its turn has no end"), new_thought[len(thought) :], new_answer[len(answer) :]
                     thought, answer = new_thought, new_answer
                     self._count(part)
-                    if len(said) < len(reply.text):
+                    if len(said) < len(reply.text) or len(said) > options.turn_tokens * _CHARS_PER_TOKEN:
                         break
         finally:
             await close(source)
@@ -216,12 +219,24 @@ class _Episode:
         ask = Ask(expert=expert, body=body, why=f"asked by {options.policy}, call {number}")
         by = min(self.deadline, asyncio.get_running_loop().time() + options.call_timeout_s)
         try:
-            reply = await collect(self.call, ask, self.request, by=by)
+            reply = await collect(self._cut, ask, self.request, by=by)
         except ExpertError:
             return NO_REPLY
         for part in reply.parts:
             self._count(part)
         return reply.text.strip() or NO_REPLY
+
+    async def _cut(self, expert: str, request: ExpertRequest, *, why: str) -> AsyncGenerator[Part, None]:
+        """A call that ends once it has written as much as the policy reads, whatever its expert was told."""
+        reply, source = Reply(expert), self.call(expert, request, why=why)
+        try:
+            async for part in source:
+                yield part
+                reply.add(part)
+                if len(reply.text) > self.options.reply_chars:
+                    return
+        finally:
+            await close(source)
 
     def _left(self) -> float:
         return max(self.deadline - asyncio.get_running_loop().time(), 0.001)
