@@ -165,6 +165,8 @@ class Fleet:
             else:
                 choice = {"index": 0, "message": {"role": "assistant", "content": piece}, "finish_reason": "stop"}
             yield Part(json.dumps({"choices": [choice]}).encode())
+        if request.stream:
+            yield Part(b'{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}')
         yield Part(b"", Usage(10, len(pieces)))
 
     @property
@@ -309,7 +311,9 @@ async def test_an_expert_that_never_stops_is_cut_off() -> None:
     assert (await message(fleet, reply_chars=60))["content"] == "2"
     assert fleet.closed == ["adder"]
     assert fleet.written == 11
-    assert len(fleet.calls[-1][1].body["messages"][-1]["content"]) < 60 + 40
+    read = fleet.calls[-1][1].body["messages"][-1]["content"]
+    assert "flood flood" in read
+    assert len(read) < 60 + 40
 
 
 async def test_a_policy_that_never_stops_is_cut_off() -> None:

@@ -28,8 +28,8 @@ from experts.expert import ExpertRequest, Part, Usage
 from routers.contracts import Call, Decision
 from routers.query import query_from_body
 from routers.strategies.base import BaseStrategy, StrategyOptions
-from routers.strategies.deadline import until
-from routers.strategies.replies import Ask, Reply, check_one_choice, close, collect
+from routers.strategies.deadline import close, until
+from routers.strategies.replies import Ask, Reply, check_one_choice, collect
 from routers.strategies.router_r1.protocol import (
     MAX_CALLS,
     NO_REPLY,
@@ -45,6 +45,8 @@ from routers.strategies.single import SingleStrategy
 
 _CHARS_PER_TOKEN = 16
 """More than a token has in any tokenizer, but for runs of spaces: where a model ignores its bound, it is cut here."""
+
+_CUT = Part(b'{"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}')
 
 
 class RouterR1Options(StrategyOptions):
@@ -234,6 +236,7 @@ class _Episode:
                 yield part
                 reply.add(part)
                 if len(reply.text) > self.options.reply_chars:
+                    yield _CUT
                     return
         finally:
             await close(source)

@@ -28,7 +28,8 @@ class Echo:
         text = request.body["messages"][0]["content"]
         if text == "fail":
             raise ExpertUnavailableError("down")
-        yield Part(json.dumps({"choices": [{"index": 0, "delta": {"content": f"{text}!"}}]}).encode())
+        choice = {"index": 0, "delta": {"content": f"{text}!"}, "finish_reason": "stop"}
+        yield Part(json.dumps({"choices": [choice]}).encode())
         yield Part(b"", Usage(3, 2))
 
     async def embed(self, request: ExpertRequest) -> Part:
