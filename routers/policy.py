@@ -267,6 +267,7 @@ class Policy(_Model):
         return [
             Candidate(
                 expert=card.name,
+                card=card,
                 context_length=card.context_length,
                 score=quality[e] * weights.quality - cost[e] * weights.cost - latency[e] * weights.latency,
                 quality=quality[e],
