@@ -93,6 +93,11 @@ def test_phatgooses_gates_learn_each_on_its_adapters_own_data(data: Path, tmp_pa
     adapters = {name: FLEET / "adapters" / name for name in ("units", "roman", "dates")}
     train_mixture(spec_of(data, tmp_path / "m", gate="phatgoose", adapters=adapters, gate_learning_rate=1e-2))
     mixture = load_mixture(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "m")
+    lines = read_report(tmp_path / "m")["gates"]
+    assert set(lines) == set(mixture.gates)
+    for line in lines.values():  # of the gates' own decisions: two of the three adapters for each token
+        assert sum(line["load"]) == pytest.approx(2, abs=1e-3)
+        assert 0 < line["token_entropy"] <= 1
     for gate in mixture.gates.values():
         units, roman, dates = gate.vectors
         assert units.any()
