@@ -27,8 +27,10 @@ class Record:
     adapters: tuple[int, ...]  # which of the model's adapters those are
 
     def detach(self) -> Record:
-        sums = (t.detach() for t in (self.load, self.importance, self.entropy, self.tokens))
-        return Record(self.site, *sums, self.adapters)
+        load, importance, entropy, tokens = (
+            t.detach() for t in (self.load, self.importance, self.entropy, self.tokens)
+        )
+        return Record(self.site, load, importance, entropy, tokens, self.adapters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +58,10 @@ class BalanceRule:
 def entropy_of(p: Tensor, q: float | None = None) -> Tensor:
     """Shannon's entropy in nats, or Tsallis' (1 - sum p^q) / (q - 1), over the last dimension."""
     if q is None:
-        return torch.special.entr(p.clamp(min=torch.finfo(p.dtype).tiny)).sum(-1)  # its slope at 0 is infinite
+        shannon: Tensor = torch.special.entr(p.clamp(min=torch.finfo(p.dtype).tiny)).sum(
+            -1
+        )  # at 0 its slope is not finite
+        return shannon
     tsallis: Tensor = (1 - p.pow(q).sum(-1)) / (q - 1)
     return tsallis
 

@@ -84,7 +84,7 @@ class Gate(nn.Module):
         self.rule = BalanceRule()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
-        super()._apply(partial(uncast, fn), recurse)
+        super()._apply(partial(uncast, fn), recurse)  # type: ignore[no-untyped-call]
         return self
 
     def score(self, x: Tensor) -> Tensor:

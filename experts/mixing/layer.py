@@ -81,7 +81,7 @@ class MixedLoraLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixedLoraLinear:
         """A, B and the base are cast; the kernel's constants only move."""
         constants = {name: uncast(fn, buffer) for name, buffer in self.named_buffers(recurse=False)}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._buffers.update(constants)
         return self
 

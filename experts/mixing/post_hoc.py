@@ -54,7 +54,7 @@ class MoleGate(Gate):
         A, B = self._matrices
         hidden = (x.to(A.dtype) @ A[0].T).float()  # [T, R]
         square = ((hidden @ self.gram) * hidden).sum(1, keepdim=True)
-        rows = (B.float() * self.scale_of_row).split(self._ranks)
+        rows = torch.split(B.float() * self.scale_of_row, list(self._ranks))
         pulled = torch.cat([own @ weight for own, weight in zip(rows, self.weight, strict=True)])  # [R, E]
         logits = (hidden * (square + 1e-12).rsqrt()) @ pulled / math.sqrt(self.gram.shape[0])
         return logits / self.log_temperature.exp()

@@ -88,6 +88,15 @@ def test_moles_scores_are_those_of_the_adapters_outputs(model: nn.Module, adapte
     torch.testing.assert_close(gate.score(x).double() * gate.log_temperature.exp(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_moles_scores_need_no_copy_of_the_map_for_each_rank(model: nn.Module, adapters: Adapters) -> None:
+    gate = some_mixture(model, adapters, "mole").gates[LAYER]
+    x = torch.randn(5, 32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        gate.score(x)
+    ranks, experts = 4 + 1 + 8, 3
+    assert max(event.cpu_memory_usage for event in profile.events()) < ranks * 32 * experts * 4  # [R, o, E]
+
+
 def test_phatgoose_scores_normalised_vectors_and_glider_adds_its_bias(model: nn.Module, adapters: Adapters) -> None:
     gate = some_mixture(model, adapters, "glider").gates[LAYER]
     x, ln = torch.randn(4, 32), nn.LayerNorm(32, elementwise_affine=False)
