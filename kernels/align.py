@@ -12,7 +12,6 @@ class Alignment(NamedTuple):
     """Pairs are numbered token * k + slot. The sort is stable, so the same decision always gives the same alignment."""
 
     order: Tensor  # [T * k] int64: pairs by adapter; those without one come last
-    inverse: Tensor  # [T * k] int64: where each pair stands in `order`
     segments: Tensor  # [E + 1] int32: adapter e has order[segments[e] : segments[e + 1]]
 
 
@@ -21,6 +20,5 @@ def align(indices: Tensor, experts: int) -> Alignment:
     flat = indices.reshape(-1)
     keys = torch.where(flat < 0, experts, flat)
     ordered, order = torch.sort(keys, stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     bounds = torch.arange(experts + 1, device=flat.device, dtype=ordered.dtype)
-    return Alignment(order, inverse, torch.searchsorted(ordered, bounds, out_int32=True))
+    return Alignment(order, torch.searchsorted(ordered, bounds, out_int32=True))

@@ -24,7 +24,10 @@ MIXED_RANKS = (4, 8, 16, 64)
 
 
 class Record(TypedDict):
-    """One way at one shape. `milliseconds` is None where it was left out, `extra_bytes` is its largest temporary."""
+    """One way at one shape. `milliseconds` is None where it was left out.
+
+    `extra_bytes` is the size of its largest temporary by formula; nothing of memory is measured.
+    """
 
     way: str
     tokens: int
@@ -102,11 +105,13 @@ def _shape_records(plan: Plan, dim: int, rank: int | str, experts: int, tokens: 
     ranks = [MIXED_RANKS[e % len(MIXED_RANKS)] if rank == "mixed" else int(rank) for e in range(experts)]
     size = torch.finfo(plan.dtype).bits // 8
     needs = {way: need(tokens, plan.slots, experts, max(ranks), dim) * size for way, (_, need) in _WAYS.items()}
-    copies = 2 * 2 * experts * max(ranks) * dim * size  # the stack, and the equal ranks that the other ways take
-    fitting = [way for way, need in needs.items() if need + copies <= plan.memory_limit]
+    stack = 2 * sum(ranks) * dim * size
+    copies = 2 * experts * max(ranks) * dim * size  # of equal ranks, or in another layout, that the other ways take
+    held = {way: stack if way in _ON_STACK else stack + copies for way in _WAYS}
+    fitting = [way for way, need in needs.items() if need + held[way] <= plan.memory_limit]
     times: dict[str, list[float]] = {way: [] for way in _WAYS}
     if fitting:
-        case = _case(plan, dim, ranks, tokens)
+        case = _case(plan, dim, ranks, tokens, padded=not _ON_STACK.issuperset(fitting))
         calls = {way: _WAYS[way][0](case) for way in fitting}
         times |= _times(calls, plan)
     for way, runs in times.items():
@@ -126,19 +131,20 @@ def _shape_records(plan: Plan, dim: int, rank: int | str, experts: int, tokens: 
         )
 
 
-def _case(plan: Plan, dim: int, ranks: list[int], tokens: int) -> _Case:
+def _case(plan: Plan, dim: int, ranks: list[int], tokens: int, *, padded: bool = True) -> _Case:
     torch.manual_seed(0)
     options = {"dtype": plan.dtype, "device": plan.device}
     adapters = [[(torch.randn(r, dim, **options), torch.randn(dim, r, **options))] for r in ranks]  # type: ignore[call-overload]
     top = max(ranks)
-    padded = [
+    equal = [
         (nn.functional.pad(A, (0, 0, 0, top - len(A))), nn.functional.pad(B, (0, top - len(A))))
         for ((A, B),) in adapters
+        if padded
     ]
     indices = torch.rand(tokens, len(ranks), device=plan.device).topk(plan.slots).indices
     weights = torch.rand(tokens, plan.slots, device=plan.device).softmax(1)
     stack = AdapterStack.pack(adapters, [1.0] * len(ranks))
-    return _Case(torch.randn(tokens, dim, **options), stack, indices, weights, padded)  # type: ignore[call-overload]
+    return _Case(torch.randn(tokens, dim, **options), stack, indices, weights, equal)  # type: ignore[call-overload]
 
 
 def _times(calls: dict[str, Callable[[], Tensor]], plan: Plan) -> dict[str, list[float]]:
@@ -258,6 +264,8 @@ def _peft_modules(case: _Case) -> tuple[nn.ModuleDict, nn.ModuleDict, dict[str, 
             side[str(e)] = module
     return *sides, {str(e): 1.0 for e in range(len(case.padded))}
 
+
+_ON_STACK = frozenset({"mixed_lora", "stacked_masked"})  # the ways that need no other copy of the adapters
 
 # each way, and how many numbers its largest temporary has, given (tokens, slots, experts, rank, dim)
 _WAYS: dict[str, tuple[Callable[[_Case], Callable[[], Tensor]], Callable[[int, int, int, int, int], int]]] = {

@@ -147,7 +147,7 @@ def _call(function: str, m: Mixture, **results: Tensor | None) -> int:
         None if m.base is None else m.base.contiguous(),
         m.offsets,
         m.scales.contiguous(),
-        m.indices.to(torch.int32).contiguous(),
+        m.narrow_indices,
         m.weights.contiguous(),
     )
     widths = (ctypes.c_int64 * m.slices)(*m.widths)

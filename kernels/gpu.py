@@ -193,7 +193,7 @@ def _run_shrink(
     shape = (splits, m.slices, m.tokens, m.slots, m.max_rank)
     parts = (x.new_zeros if zeroed else x.new_empty)(shape, dtype=torch.float32)
     _shrink[(tiles, splits, m.slices)](
-        x, matrix, spans, m.offsets, m.indices.contiguous(), parts,
+        x, matrix, spans, m.offsets, m.narrow_indices, parts,
         m.tokens, m.slots, m.experts, m.max_rank, columns, x.shape[1], *strides, parts.stride(0), parts.stride(1),
         BLOCK_T=block_t, BLOCK_K=block_k, **_blocks(m),
     )  # fmt: skip
@@ -215,7 +215,7 @@ def _run_expand(
     block_t = _token_block(m.tokens)
     grid = (triton.cdiv(m.tokens, block_t), triton.cdiv(width, _COLUMNS), 1 if sum_slices else m.slices)
     _expand[grid](
-        parts, matrix, spans, m.offsets, m.scales, m.indices.contiguous(), m.weights.contiguous(),
+        parts, matrix, spans, m.offsets, m.scales, m.narrow_indices, m.weights.contiguous(),
         y if base is None else base, y,
         m.tokens, m.slots, m.experts, m.max_rank, *strides, y.shape[1],
         parts.shape[0], parts.stride(0), parts.stride(1),

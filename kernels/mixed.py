@@ -93,7 +93,13 @@ def _check_shapes(x: Tensor, stack: AdapterStack, indices: Tensor, weights: Tens
         raise MixtureError(
             f"base must be [{x.shape[0]}, {stack.B.shape[1]}] {x.dtype}, got {list(base.shape)!r} {base.dtype}"
         )
-    others = (stack.A, indices, weights) if base is None else (stack.A, indices, weights, base)
+    if stack.scales.dtype != torch.float32 or stack.offsets.dtype != torch.int32:
+        raise MixtureError(
+            f"scales must be float32 and offsets int32, got {stack.scales.dtype} and {stack.offsets.dtype}"
+        )
+    others = [stack.A, stack.B, stack.scales, stack.offsets, indices, weights]
+    if base is not None:
+        others.append(base)
     if any(t.device != x.device for t in others):
         raise MixtureError(f"all tensors must be on {x.device}, got {[str(t.device) for t in others]!r}")
 

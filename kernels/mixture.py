@@ -51,6 +51,13 @@ class Mixture:
         return accumulator(self.x.dtype)
 
     @property
+    def narrow_indices(self) -> Tensor:
+        """[T, k] int32, contiguous; what is out of range stays out of range."""
+        own = self.indices
+        narrow = own if own.dtype == torch.int32 else own.clamp(-2, self.experts).to(torch.int32)
+        return narrow.contiguous()
+
+    @property
     def spans(self) -> list[slice]:
         """The columns of each slice in y and B."""
         return spans(self.widths)

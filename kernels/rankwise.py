@@ -16,12 +16,12 @@ from kernels.mixture import accumulator
 def project_ranks(x: Tensor, A: Tensor) -> Tensor:
     """h = A x of every rank: [T, R], float32 (float64 for float64).
 
-    `A` [R, d] is dense, or sparse in CSR layout where it is frozen (as FlyLoRA's).
+    `A` is [R, d]. float16 is computed with in float32, which has the range that a product may need.
     """
     if A.dim() != 2 or x.dim() != 2 or x.shape[1] != A.shape[1]:
         raise MixtureError(f"x must be [T, d] and A [R, d], got {list(x.shape)!r} and {list(A.shape)!r}")
-    product = torch.sparse.mm(A, x.T).T if A.layout == torch.sparse_csr else x @ A.T
-    return product.to(accumulator(x.dtype))
+    wide = _wide(x.dtype)
+    return (x.to(wide) @ A.to(wide).T).to(accumulator(x.dtype))
 
 
 def expand_ranks(h: Tensor, B: Tensor, indices: Tensor, weights: Tensor, *, base: Tensor | None = None) -> Tensor:
@@ -41,5 +41,12 @@ def expand_ranks(h: Tensor, B: Tensor, indices: Tensor, weights: Tensor, *, base
         )
     kept = weights.to(h.dtype).masked_fill(indices < 0, 0)
     dense = torch.zeros_like(h).scatter_add(1, indices.long().clamp(min=0), kept)
-    y = (h * dense).to(B.dtype) @ B
-    return y if base is None else base + y
+    ranks, wide = h.shape[1], _wide(B.dtype)
+    places = torch.where(indices < 0, ranks, indices).long()  # the last of one more than there are is no rank
+    used = h.new_zeros(len(h), ranks + 1, dtype=torch.bool).scatter(1, places, True)[:, :ranks]
+    y = (h.masked_fill(~used, 0) * dense).to(wide) @ B.to(wide)
+    return (y if base is None else base + y).to(B.dtype)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float16 else dtype

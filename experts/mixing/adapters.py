@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -100,7 +101,13 @@ def target_layers(
         found = {n: m for n, m in found.items() if _MLP.search(n) and not _ATTENTION.search(n)}
     if not found:
         known = sorted({name.rpartition(".")[2] for name in linears})
-        raise MixingError(f"no linear layer fits targets {targets!r} (MLP only: {mlp_only}); there are {known!r}")
+        hint = (
+            "; its Conv1D layers cannot be adapted"
+            if any(type(m).__name__ == "Conv1D" for m in model.modules())
+            else ""
+        )
+        message = f"no linear layer fits targets {targets!r} (MLP only: {mlp_only}); there are {known!r}{hint}"
+        raise MixingError(message)
     return found
 
 
@@ -137,13 +144,17 @@ def _check_part(part: LayerAdapter, model: nn.Module, layer: str) -> None:
     except AttributeError:
         raise MixingError("the model has no such layer: is this its base?") from None
     if not isinstance(linear, nn.Linear):
-        raise MixingError(f"it is no linear layer, but {type(linear).__name__}")
+        raise MixingError(f"it is no linear layer (torch.nn.Linear), but {type(linear).__name__}")
+    if not linear.weight.is_floating_point():
+        raise MixingError(f"its base is quantised ({linear.weight.dtype}): load it in a float dtype")
     a, b = tuple(part.a.shape), tuple(part.b.shape)
     if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] < 1:
         raise MixingError(f"ranks do not fit: A [r, d] is {list(a)}, B [o, r] is {list(b)}")
     if (a[1], b[0]) != (linear.in_features, linear.out_features):
         shapes = f"{a[1]} to {b[0]} features, the layer {linear.in_features} to {linear.out_features}"
         raise MixingError(f"it maps {shapes}: is this its base?")
+    if not math.isfinite(part.scale):
+        raise MixingError(f"its scale must be a finite number, got {part.scale!r}")
     if not bool(part.a.isfinite().all() and part.b.isfinite().all()):
         raise MixingError("its matrices hold numbers that are not finite")
 

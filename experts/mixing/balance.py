@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,9 +24,13 @@ class Record:
     importance: Tensor  # [E] float32: sum of the gate's probabilities; has a gradient
     entropy: Tensor  # [] float32: sum of the tokens' entropies (of the rule's kind); has a gradient
     tokens: Tensor  # [] float32
+    adapters: tuple[int, ...]  # which of the model's adapters those are
 
     def detach(self) -> Record:
-        return Record(self.site, *(t.detach() for t in (self.load, self.importance, self.entropy, self.tokens)))
+        load, importance, entropy, tokens = (
+            t.detach() for t in (self.load, self.importance, self.entropy, self.tokens)
+        )
+        return Record(self.site, load, importance, entropy, tokens, self.adapters)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +42,8 @@ class BalanceRule:
             -log of the product of mean gate values (MoLE).
         weight: Its factor.
         pooled: Whether the layers' loads and probabilities are averaged before the product (MixLoRA), or after it.
+            Where layers have different adapters, an adapter's load is averaged over the layers that have it, each
+            relative to the layer's even share.
         entropy: Factor of the mean entropy.
         tsallis: q of Tsallis' entropy instead of Shannon's.
     """
@@ -52,7 +58,10 @@ class BalanceRule:
 def entropy_of(p: Tensor, q: float | None = None) -> Tensor:
     """Shannon's entropy in nats, or Tsallis' (1 - sum p^q) / (q - 1), over the last dimension."""
     if q is None:
-        return -torch.xlogy(p, p).sum(-1)
+        shannon: Tensor = torch.special.entr(p.clamp(min=torch.finfo(p.dtype).tiny)).sum(
+            -1
+        )  # at 0 its slope is not finite
+        return shannon
     tsallis: Tensor = (1 - p.pow(q).sum(-1)) / (q - 1)
     return tsallis
 
@@ -64,14 +73,19 @@ def largest_entropy(experts: Tensor | int, q: float | None = None) -> Tensor:
 
 
 def record_of(
-    site: str, indices: Tensor, probabilities: Tensor, counted: Tensor | None, tsallis: float | None = None
+    site: str,
+    indices: Tensor,
+    probabilities: Tensor,
+    counted: Tensor | None,
+    adapters: tuple[int, ...],
+    tsallis: float | None = None,
 ) -> Record:
     """The record of a decision: indices [T, k], probabilities [T, E]; `counted` [T] bool leaves padding out."""
     chosen = probabilities.new_zeros(probabilities.shape)
     chosen = chosen.scatter_add(1, indices.long().clamp(min=0), (indices >= 0).to(chosen.dtype)).clamp(max=1)
     weight = probabilities.new_ones(len(indices)) if counted is None else counted.to(probabilities.dtype)
     entropy = entropy_of(probabilities, tsallis)
-    return Record(site, weight @ chosen, weight @ probabilities, weight @ entropy, weight.sum())
+    return Record(site, weight @ chosen, weight @ probabilities, weight @ entropy, weight.sum(), adapters)
 
 
 def auxiliary_loss(
@@ -89,7 +103,8 @@ def auxiliary_loss(
     means = [record.importance / record.tokens.clamp(min=1) for record in records]
     loss = means[0].new_zeros(())
     if rule.kind == "switch":
-        loss = loss + rule.weight * _switch(shares, means, rule.pooled)
+        switch = _pooled(records, shares, means) if rule.pooled else _switch(shares, means)
+        loss = loss + rule.weight * switch
     elif rule.kind == "product":
         loss = loss - rule.weight * torch.stack([mean.clamp(min=1e-9).log().sum() for mean in means]).mean()
     if rule.entropy:
@@ -98,16 +113,27 @@ def auxiliary_loss(
     return loss
 
 
-def _switch(shares: Sequence[Tensor], means: Sequence[Tensor], pooled: bool) -> Tensor:
-    if pooled:
-        return len(shares[0]) * (torch.stack(list(shares)).mean(0) * torch.stack(list(means)).mean(0)).sum()
+def _switch(shares: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:
     return torch.stack([len(f) * (f * p).sum() for f, p in zip(shares, means, strict=True)]).mean()
+
+
+def _pooled(records: Sequence[Record], shares: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:
+    numbers = [torch.tensor(record.adapters, device=mean.device) for record, mean in zip(records, means, strict=True)]
+    places, loads = torch.cat(numbers), torch.cat([len(share) * share for share in shares])
+    pooled = loads.new_zeros(int(places.max()) + 1).index_add(0, places, loads) / places.bincount().clamp(min=1)
+    return torch.stack([pooled[own] @ mean for own, mean in zip(numbers, means, strict=True)]).mean()
 
 
 def add_records(left: Sequence[Record], right: Sequence[Record]) -> list[Record]:
     """Sums of records of the same gates."""
     return [
-        Record(a.site, a.load + b.load, a.importance + b.importance, a.entropy + b.entropy, a.tokens + b.tokens)
+        replace(
+            a,
+            load=a.load + b.load,
+            importance=a.importance + b.importance,
+            entropy=a.entropy + b.entropy,
+            tokens=a.tokens + b.tokens,
+        )
         for a, b in zip(left, right, strict=True)
     ]
 

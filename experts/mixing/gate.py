@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -30,6 +32,12 @@ class Site:
         return self.stack.experts
 
 
+def uncast(move: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """`move` of `model.to(...)`, `.half()` and the like without a change of dtype."""
+    moved = move(tensor)
+    return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+
 class GateOptions(BaseModel):
     """Options of a method; each method has its own, and its paper's defaults."""
 
@@ -41,7 +49,9 @@ class BalancedOptions(GateOptions):
 
 
 class Gate(nn.Module):
-    """Decides for the tokens of a site. Subclasses score and select; parameters are float32.
+    """Decides for the tokens of a site. Subclasses score and select.
+
+    Parameters and buffers are float32, and stay so whatever the model is cast to.
 
     Attributes:
         method: The method's name.
@@ -51,6 +61,8 @@ class Gate(nn.Module):
         learns_alone: Each adapter's gate is trained with that adapter alone, by `solo`.
         fresh: Number and rank of the adapters that the method makes where it is given none; several numbers are for
             successive parts of the model's depth.
+        takes_weights: Whether a request can bring weights of its own, other than those of the base alone.
+        takes_bias: Whether a request can bring a bias to the scores.
         alpha: alpha / rank of fresh adapters, in ranks.
         mlp_only: Whether fresh adapters go to MLPs alone, as in the paper.
         rule: The method's auxiliary loss.
@@ -64,10 +76,16 @@ class Gate(nn.Module):
     fresh: ClassVar[tuple[tuple[int, ...], int]] = ((8,), 16)
     alpha: ClassVar[float] = 2.0
     mlp_only: ClassVar[bool] = False
+    takes_weights: ClassVar[bool] = True
+    takes_bias: ClassVar[bool] = True
 
     def __init__(self, site: Site, options: GateOptions) -> None:
         super().__init__()
         self.rule = BalanceRule()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Gate:
+        super()._apply(partial(uncast, fn), recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def score(self, x: Tensor) -> Tensor:
         """Logits [T, E] float32 for x [T, d]."""

@@ -127,6 +127,7 @@ class StaticGate(Gate):
     method = "static"
     options_type = StaticOptions
     learns = "nothing"
+    takes_bias = False
     given: Tensor
     numbers: Tensor
 

@@ -68,12 +68,12 @@ class Mixture:
     ) -> None:
         self.model, self.gate, self.options = model, gate, options
         self.adapters = tuple(adapters)
-        device = next(model.parameters()).device
-        self.state = MixingState(self.adapters, device)
+        self.state = MixingState(self.adapters, gate, model)
         self.layers = _install(model, gate, options, adapters, self.state)
         self._decisions = list({id(layer._decision): layer._decision for layer in self.layers.values()}.values())
         self._hook = model.register_forward_pre_hook(self._begin, with_kwargs=True)
         self.installed = True
+        self._required: list[tuple[nn.Parameter, bool]] = []
 
     @property
     def gates(self) -> dict[str, Gate]:
@@ -104,7 +104,8 @@ class Mixture:
             self.state.recording = False
 
     def prepare_training(self) -> list[nn.Parameter]:
-        """Freeze the model but for what the method learns, which is returned."""
+        """Freeze the model but for what the method learns, which is returned, until the mixture is removed."""
+        self._required = self._required or [(p, p.requires_grad) for p in self.model.parameters()]
         self.model.requires_grad_(False)
         learned = list(self._learned())
         for parameter in learned:
@@ -115,8 +116,9 @@ class Mixture:
         """Put the model's own layers back."""
         if self.installed:
             self._hook.remove()
-            for name, layer in self.layers.items():
-                _replace(self.model, name, layer.base_layer)
+            _restore(self.model, self.layers)
+            for parameter, required in self._required:
+                parameter.requires_grad_(required)
             self.installed = False
 
     def adapter(self, name: str) -> dict[str, LayerAdapter]:
@@ -166,7 +168,7 @@ def install_mixture(
     """Make a transformers model mix `adapters` by the method `gate`; all else of the model stays as it is.
 
     Args:
-        model: Any model whose adapted layers are linear layers.
+        model: Any model whose adapted layers are `torch.nn.Linear`, with the batch in the first dimension of x.
         adapters: Name -> layer -> matrices, from `read_adapters` or `new_adapters`. They may have different ranks and
             layers.
         gate: One of `GATES`.
@@ -243,7 +245,6 @@ def gate_options(name: str, options: Mapping[str, Any] | None) -> GateOptions:
 
 
 def _check_gate(kind: type[Gate], options: GateOptions, adapters: Mapping[str, Adapter]) -> None:
-    fewest = min(len(layers) for layers in _by_layer(adapters).values())
     k = getattr(options, "k", 1)
     if issubclass(kind, RankGate):
         if len(adapters) != 1:
@@ -253,8 +254,6 @@ def _check_gate(kind: type[Gate], options: GateOptions, adapters: Mapping[str, A
             raise MixingError(f"gate {kind.method!r}: k = {k} is more than the {ranks} ranks of the adapter")
     elif k > len(adapters):
         raise MixingError(f"gate {kind.method!r}: k = {k} is more than the {len(adapters)} adapters")
-    if not fewest:
-        raise MixingError("every layer needs an adapter")
     if unknown := sorted(set(getattr(options, "weights", {})) - set(adapters)):
         raise MixingError(f"gate {kind.method!r}: weights name {unknown[0]!r}, there are {', '.join(adapters)}")
 
@@ -275,17 +274,26 @@ def _install(
     layers: dict[str, MixedLoraLinear] = {}
     decisions: dict[tuple[str, tuple[int, ...]], Decision] = {}
     kind = RankLoraLinear if issubclass(gate, RankGate) else MixedLoraLinear
-    for name in [name for name, _ in model.named_modules() if name in by_layer]:  # in the order of the model
-        subset = tuple(by_layer[name])
-        block = name.rpartition(".")[0] if gate.per_block else name
-        decision = decisions.setdefault((block, subset), Decision(name))
-        parts = [named[e][name] for e in subset]
-        base: Any = model.get_submodule(name)
-        layer = layers[name] = kind(base, name, parts, subset, state, decision)
-        if decision.gate is None:
-            decision.gate = layer.gate = gate(layer.site(), options)
-        _replace(model, name, layer)
+    try:
+        for name in [name for name, _ in model.named_modules() if name in by_layer]:  # in the order of the model
+            subset = tuple(by_layer[name])
+            block = name.rpartition(".")[0] if gate.per_block else name
+            decision = decisions.setdefault((block, subset), Decision(name))
+            parts = [named[e][name] for e in subset]
+            base: Any = model.get_submodule(name)
+            layer = layers[name] = kind(base, name, parts, subset, state, decision)
+            if decision.gate is None:
+                decision.gate = layer.gate = gate(layer.site(), options)
+            _replace(model, name, layer)
+    except BaseException:  # such as too little memory
+        _restore(model, layers)
+        raise
     return layers
+
+
+def _restore(model: nn.Module, layers: Mapping[str, MixedLoraLinear]) -> None:
+    for name, layer in layers.items():
+        _replace(model, name, layer.base_layer)
 
 
 def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:

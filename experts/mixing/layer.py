@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from experts.errors import MixingError
 from experts.mixing.adapters import LayerAdapter
 from experts.mixing.balance import record_of
-from experts.mixing.gate import Gate, Site
+from experts.mixing.gate import Gate, Site, uncast
 from experts.mixing.rank_gates import RankGate
 from experts.mixing.selection import Routing
 from experts.mixing.state import NONE, MixingState
@@ -59,6 +59,33 @@ class MixedLoraLinear(nn.Module):
         self._state, self._decision, self._subset = state, decision, state.subset(subset)
 
     @property
+    def weight(self) -> Tensor:
+        """The base layer's, for models that look at it (T5 at its dtype)."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's."""
+        return self.base_layer.bias
+
+    @property
+    def in_features(self) -> int:
+        """The base layer's."""
+        return self.base_layer.in_features
+
+    @property
+    def out_features(self) -> int:
+        """The base layer's."""
+        return self.base_layer.out_features
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixedLoraLinear:
+        """A, B and the base are cast; the kernel's constants only move."""
+        constants = {name: uncast(fn, buffer) for name, buffer in self.named_buffers(recurse=False)}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers.update(constants)
+        return self
+
+    @property
     def stack(self) -> AdapterStack:
         """The adapters as the kernel takes them: views of the parameters."""
         return AdapterStack(self.A, self.B, self.scales, self.offsets, self._ranks, self._widths)
@@ -75,7 +102,8 @@ class MixedLoraLinear(nn.Module):
         return LayerAdapter(a.detach().clone(), b.detach().clone(), float(self.scales[0, local]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The base's output plus that of each token's mixture."""
+        """The base's output plus that of each token's mixture. The first dimension of x is the batch's rows."""
+        self._state.check_rows(x.shape[0])
         base: Tensor = self.base_layer(x)
         flat = x.reshape(-1, x.shape[-1]).to(self.A.dtype)
         flat_base = base.reshape(-1, base.shape[-1])
@@ -95,12 +123,12 @@ class MixedLoraLinear(nn.Module):
         routing = self._gated(x)
         if not state.any_given:
             return routing
-        return _instead(routing, self._given(x), state.per_token(state.given, x.shape[0]))
+        return _instead(routing, self._given(x), state.per_token(state.given, x))
 
     def _given(self, x: Tensor) -> Routing:
         table = self._state.table(self._subset)
-        indices = self._state.per_token(table.indices, x.shape[0])
-        weights = self._state.per_token(table.weights, x.shape[0])
+        indices = self._state.per_token(table.indices, x)
+        weights = self._state.per_token(table.weights, x)
         if self._state.solo:
             weights = weights * cast("Gate", self._decision.gate).solo(x, indices)
         return Routing(indices, weights, weights)
@@ -108,7 +136,7 @@ class MixedLoraLinear(nn.Module):
     def _gated(self, x: Tensor) -> Routing:
         if self.gate is not None:
             bias = self._state.table(self._subset).bias if self._state.requests else None
-            per_token = None if bias is None else self._state.per_token(bias, x.shape[0])
+            per_token = None if bias is None else self._state.per_token(bias, x)
             self._decision.routing = self.gate(x, per_token)
             self._record(self.gate, self._decision.routing)
         if self._decision.routing is None:
@@ -119,7 +147,14 @@ class MixedLoraLinear(nn.Module):
         state = self._state
         if state.recording:
             state.records.append(
-                record_of(self._decision.name, routing.indices, routing.probabilities, state.counted, gate.rule.tsallis)
+                record_of(
+                    self._decision.name,
+                    routing.indices,
+                    routing.probabilities,
+                    state.counted,
+                    self.adapters,
+                    gate.rule.tsallis,
+                )
             )
 
 
@@ -134,7 +169,7 @@ class RankLoraLinear(MixedLoraLinear):
         self._record(gate, routing)
         indices = routing.indices
         if self._state.any_given:
-            indices = indices.masked_fill(self._state.per_token(self._state.given, x.shape[0])[:, None], NONE)
+            indices = indices.masked_fill(self._state.per_token(self._state.given, x)[:, None], NONE)
         return expand_ranks(hidden, self.B, indices, routing.weights * self.scales[0, 0], base=base)
 
 

@@ -33,7 +33,6 @@ class MoleGate(Gate):
     per_block = True
     learns = "gate"
     gram: Tensor
-    expert_of_row: Tensor
     scale_of_row: Tensor
 
     def __init__(self, site: Site, options: MoleOptions) -> None:
@@ -44,7 +43,7 @@ class MoleGate(Gate):
         self.log_temperature = nn.Parameter(torch.zeros((), device=stack.A.device))
         ranks = torch.tensor(stack.ranks, device=stack.A.device)
         owners = torch.arange(site.experts, device=stack.A.device).repeat_interleave(ranks)
-        self.register_buffer("expert_of_row", owners, persistent=False)
+        self._ranks = stack.ranks
         self.register_buffer("scale_of_row", stack.scales[0][owners][:, None].clone(), persistent=False)
         self._matrices = (stack.A, stack.B)  # the layer's own parameters, no part of this module
         scaled = stack.B.detach().float() * self.scale_of_row
@@ -55,9 +54,8 @@ class MoleGate(Gate):
         A, B = self._matrices
         hidden = (x.to(A.dtype) @ A[0].T).float()  # [T, R]
         square = ((hidden @ self.gram) * hidden).sum(1, keepdim=True)
-        pulled = torch.einsum(
-            "ro,rof->rf", B.float() * self.scale_of_row, self.weight.float().index_select(0, self.expert_of_row)
-        )
+        rows = torch.split(B.float() * self.scale_of_row, list(self._ranks))
+        pulled = torch.cat([own @ weight for own, weight in zip(rows, self.weight, strict=True)])  # [R, E]
         logits = (hidden * (square + 1e-12).rsqrt()) @ pulled / math.sqrt(self.gram.shape[0])
         return logits / self.log_temperature.exp()
 

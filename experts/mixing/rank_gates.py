@@ -26,6 +26,7 @@ class RankGate(Gate):
 
     options_type = RankOptions
     fresh = ((1,), 64)
+    takes_weights = takes_bias = False
     bias: Tensor
 
     def __init__(self, site: Site, options: RankOptions) -> None:

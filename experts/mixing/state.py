@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from experts.errors import MixingError
 from experts.mixing.balance import Record
+from experts.mixing.gate import Gate
 
 NONE = -1
 
@@ -61,14 +62,19 @@ class MixingState:
     trains its gates).
     """
 
-    def __init__(self, adapters: Sequence[str], device: torch.device) -> None:
-        self.adapters = tuple(adapters)
+    def __init__(self, adapters: Sequence[str], gate: type[Gate], model: nn.Module) -> None:
+        self.adapters, self.gate = tuple(adapters), gate
         self.recording = self.solo = False
         self.records: list[Record] = []
         self.counted: Tensor | None = None
-        self.device = device
+        self._model = model
         self._subsets: list[tuple[int, ...]] = []
         self.clear()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is now, and the tables are made."""
+        return next(self._model.parameters()).device
 
     def clear(self) -> None:
         """Every request gets the gate, without bias."""
@@ -81,18 +87,19 @@ class MixingState:
         """Say what the coming passes hold.
 
         Args:
-            requests: In the order of the batch's rows.
+            requests: In the order of the batch's rows; where there are several rows for each (beams), these lie side by
+                side.
             request_of_token: [T] integers, the request of each token, where rows of the batch are not requests.
 
-        Raises `MixingError` for an adapter that is not there, for weights and biases that are no numbers, for a token
-        of no request.
+        Raises `MixingError` for an adapter that is not there, for weights and biases that are no numbers or nothing
+        that the installed gate can serve, for a token of no request.
         """
         if not requests:
             raise MixingError("give at least one request, or clear the state")
         for request in requests:
             self._check(request)
         if request_of_token is not None:
-            request_of_token = _checked_rows(request_of_token, len(requests)).to(self.device)
+            request_of_token = _checked_tokens(request_of_token, len(requests)).to(self.device)
         given = [request.weights is not None for request in requests]
         tables = [self._table(requests, subset) for subset in self._subsets]
         self.requests = len(requests)
@@ -110,16 +117,24 @@ class MixingState:
     def table(self, subset: int) -> Table:
         return self._tables[subset]
 
-    def per_token(self, rows: Tensor, tokens: int) -> Tensor:
-        """[B, ...] by request to [T, ...] by token."""
+    def check_rows(self, rows: int) -> None:
+        """Raise `MixingError` unless the rows of a batch are those of the requests."""
+        if self.requests and self._request_of_token is None and rows % self.requests:
+            raise MixingError(
+                f"a batch of {rows} rows is not that of {self.requests} requests, nor of as many rows for each: "
+                "set as many requests as there are rows, or give request_of_token"
+            )
+
+    def per_token(self, rows: Tensor, x: Tensor) -> Tensor:
+        """[B, ...] by request to [T, ...] by token, where x [T, d] is."""
+        rows, tokens = rows.to(x.device), x.shape[0]
         if self._request_of_token is not None:
             if self._request_of_token.shape[0] != tokens:
                 raise MixingError(f"request_of_token names {self._request_of_token.shape[0]} tokens, not {tokens}")
-            return rows[self._request_of_token]
+            return rows[self._request_of_token.to(x.device)]
         if tokens == self.requests:
             return rows
-        if tokens % self.requests:
-            raise MixingError(f"{tokens} tokens are no batch of {self.requests} rows: give request_of_token")
+        self.check_rows(tokens)
         return rows.repeat_interleave(tokens // self.requests, 0)
 
     def _check(self, request: RequestMixture) -> None:
@@ -128,6 +143,13 @@ class MixingState:
             raise MixingError(f"no adapter {unknown[0]!r}: there are {', '.join(self.adapters)}")
         if request.weights is not None and request.bias:
             raise MixingError("a request has either weights of its own or a bias for the gate, not both")
+        if request.weights and not self.gate.takes_weights:
+            raise MixingError(
+                f"gate {self.gate.method!r} mixes the ranks of one adapter: a request has the gate, or the base alone"
+            )
+        if request.bias and not self.gate.takes_bias:
+            can = "weights of its own, or those installed" if self.gate.takes_weights else "the gate, or the base alone"
+            raise MixingError(f"gate {self.gate.method!r} takes no bias: a request has {can}")
         for name, weight in (request.weights or {}).items():
             if not math.isfinite(weight):
                 raise MixingError(f"the weight of {name!r} must be a finite number, got {weight!r}")
@@ -148,7 +170,7 @@ class MixingState:
         )
 
 
-def _checked_rows(rows: Tensor, requests: int) -> Tensor:
+def _checked_tokens(rows: Tensor, requests: int) -> Tensor:
     if rows.dim() != 1 or rows.is_floating_point():
         raise MixingError(f"request_of_token must be integers [T], got {rows.dtype} {list(rows.shape)!r}")
     if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < requests:

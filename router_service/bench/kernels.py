@@ -39,7 +39,7 @@ def measure_kernels(
     plot: Path | None = None,
     on_progress: Callable[[str, int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
-    """Records of every way at every shape, the machine, and what they come to; written to `out` as they come."""
+    """Records of every way at every shape, with the machine, and what they come to; added to those in `out`."""
     import torch
 
     from kernels.bench import bench_kernels, machine
@@ -47,12 +47,12 @@ def measure_kernels(
     plan = _plan(shapes, seconds, memory_gib)
     threads = torch.get_num_threads()
     torch.set_num_threads(shapes.threads)
-    kept = _read(out)
+    kept, this = _read(out), machine()
     total = len(list(plan.shapes()))
     done: dict[tuple[Any, ...], None] = {}
 
     def note(record: Mapping[str, Any]) -> None:
-        kept[(*_shape(record), record["way"])] = dict(record)
+        kept[(*_shape(record), record["way"])] = {**record, "machine": this}
         done[_shape(record)] = None
         on_progress("shapes", len(done), total)
 
@@ -63,7 +63,6 @@ def measure_kernels(
     records = sorted(kept.values(), key=lambda r: [str(v) if i in (0, 1, 4) else v for i, v in enumerate(_shape(r))])
     results = {
         "command": "router-service bench kernels --out docs/results/kernels.json --plot docs/results/kernels.png",
-        "machine": machine(),
         "summary": summary(records),
         "records": records,
     }

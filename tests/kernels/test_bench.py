@@ -33,3 +33,10 @@ def test_records_say_what_was_timed_and_what_was_left_out() -> None:
     none = bench.bench_kernels(bench.Plan(tokens=[3], experts=[2], ranks=[4], dims=[16], memory_limit=1))
     assert all(r["milliseconds"] is None and r["runs"] == 0 for r in none)
     assert "torch" in bench.machine()
+
+
+def test_copies_that_other_ways_need_do_not_count_against_ours() -> None:
+    stack = 2 * (4 + 8 + 16 + 64) * 16 * 4
+    limit = stack + 4096
+    records = bench.bench_kernels(bench.Plan([3], [4], ["mixed"], [16], seconds=0.0, memory_limit=limit))
+    assert {r["way"] for r in records if r["milliseconds"]} == {"mixed_lora", "stacked_masked"}

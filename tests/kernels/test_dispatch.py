@@ -35,6 +35,7 @@ def test_the_backend_is_chosen_by_shape() -> None:
     assert dispatch.choose(mixture(1, [8] * 8), None, gradients=False) == "cpp"
     assert dispatch.choose(mixture(64, [8] * 3), None, gradients=False) == "stacked"
     assert dispatch.choose(mixture(64, [8] * 3), None, gradients=True) == "cpp"
+    assert dispatch.choose(mixture(64, [8] * 3, torch.float16), None, gradients=False) == "cpp"
     assert dispatch.choose(mixture(4, [8] * 3, torch.float64), None, gradients=False) == "loop"
 
 

@@ -117,6 +117,18 @@ def test_no_tokens_and_no_adapters(backend: str, with_base: bool) -> None:
         assert not x.grad.any()
 
 
+@pytest.mark.parametrize("backend", ["loop", "cpp", "stacked", ""])
+def test_an_adapter_that_overflows_is_no_matter_of_others(backend: str) -> None:
+    """Adapter 0's activations are 80000, beyond float16; B is small, so that its outputs are not."""
+    down = torch.tensor([100.0, 0.01])[:, None].expand(2, 8)
+    stack = AdapterStack.of(down[None].half(), torch.full((2, 8), 0.01).half(), torch.ones(1, 2), ranks=[1, 1])
+    x = torch.full((64, 8), 100.0).half()
+    indices = torch.tensor([1, 0] * 32)[:, None]
+    y = mixed_lora(x, stack, indices, torch.ones(64, 1), backend=backend or None)
+    expected = exact(x, stack, indices, torch.ones(64, 1))
+    torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=0)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_one_adapter_for_all_is_plain_lora(backend: str) -> None:
     stack = random_stack([8, 16, 8], 32, [32])
@@ -211,6 +223,16 @@ def bad_calls() -> dict[str, tuple[dict[str, object], str]]:
     return {
         "another base model": ({"x": torch.randn(3, 20)}, r"x must be \[tokens, 16\]"),
         "index too high": ({"indices": indices + 2}, r"\[-1, 2\), got 2 to 2"),
+        "index that narrows to one in range": ({"indices": indices + 2**32 + 1}, "got 4294967297"),
+        "index that narrows from below": ({"indices": indices - 2**32}, "got -4294967296"),
+        "scales of another dtype": (
+            {"stack": replace(random_stack([4, 8], 16, [24]), scales=torch.ones(1, 2).bfloat16())},
+            "scales must be float32 and offsets int32, got torch.bfloat16",
+        ),
+        "offsets elsewhere": (
+            {"stack": replace(random_stack([4, 8], 16, [24]), offsets=torch.zeros(3, dtype=torch.int32).to("meta"))},
+            "must be on cpu",
+        ),
         "index too low": ({"indices": indices - 2}, r"\[-1, 2\), got -2 to -2"),
         "float indices": ({"indices": indices.float()}, "int32 or int64"),
         "NaN weight": ({"weights": torch.tensor([[1.0, torch.nan]]).expand(3, 2)}, "finite"),

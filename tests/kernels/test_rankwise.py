@@ -18,16 +18,19 @@ def test_ranks_as_experts_equal_a_mixture_of_rank_one_adapters() -> None:
     assert error(y, exact(x, stack, indices, weights, base)) < 1e-5
 
 
-def test_sparse_projection_equals_dense_and_differentiates() -> None:
-    A = torch.randn(8, 20) * (torch.rand(8, 20) < 0.25)
-    x, same = (torch.randn(5, 20, generator=torch.Generator().manual_seed(2)).requires_grad_() for _ in range(2))
-    sparse, dense = project_ranks(x, A.to_sparse_csr()), project_ranks(same, A)
-    assert torch.allclose(sparse, dense, atol=1e-6)
-    sparse.square().sum().backward()
-    dense.square().sum().backward()
-    assert x.grad is not None
-    assert same.grad is not None
-    assert torch.allclose(x.grad, same.grad, atol=1e-5)
+def test_a_rank_that_overflows_in_float16_is_no_matter_of_others() -> None:
+    """The first rank's activation is 80000, which float16 cannot hold."""
+    A = torch.full((2, 8), 100.0)
+    A[1] = 0.01
+    x, B = torch.full((3, 8), 100.0).half(), torch.full((2, 4), 0.5).half()
+    h = project_ranks(x, A.half())
+    weights = torch.ones(3, 1)
+    y = expand_ranks(h, B, torch.ones(3, 1, dtype=torch.long), weights)
+    torch.testing.assert_close(y, torch.full((3, 4), 4.0).half(), rtol=1e-2, atol=0)
+    none = expand_ranks(h.masked_fill(h > 100, torch.inf), B, torch.full((3, 1), -1), weights)
+    assert torch.equal(none, torch.zeros(3, 4).half())
+    large = expand_ranks(h, B, torch.zeros(3, 1, dtype=torch.long), weights / 100)
+    torch.testing.assert_close(large, torch.full((3, 4), 400.0).half(), rtol=1e-2, atol=0)
 
 
 def test_bad_input_is_a_clear_error() -> None:

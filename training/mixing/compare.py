@@ -22,9 +22,10 @@ import torch
 
 from experts.mixing import Mixture, RequestMixture, install_mixture, load_mixture, read_adapters
 from experts.mixing.post_hoc import glider_bias
+from training.errors import TrainJobError
 from training.mixing.data import Example, dataset, read_examples
 from training.mixing.spec import MixtureSpec
-from training.mixing.train import REPORT_FILE, adamw, load_base, sft_config, train_mixture
+from training.mixing.train import adamw, load_base, read_report, sft_config, train_mixture
 from training.pocket.fleet import FLEET
 from training.pocket.generate import respond
 from training.pocket.grading import is_right, sample
@@ -67,10 +68,11 @@ class Comparison:
     def __init__(self, seed: int, work: Path) -> None:
         self.seed, self.work = seed, work / str(seed)
         self.questions = list(sample(seed, QUESTIONS, "one", "held_out"))
-        self.data = self.work / "train.jsonl"
-        if not self.data.exists():
-            self.work.mkdir(parents=True, exist_ok=True)
-            self.data.write_text("".join(self._training_lines()))
+        self.data, lines = self.work / "train.jsonl", "".join(self._training_lines())
+        if self.data.exists() and self.data.read_text() != lines:
+            raise TrainJobError(f"{self.data} holds other questions: name another --work")
+        self.work.mkdir(parents=True, exist_ok=True)
+        self.data.write_text(lines)
 
     def run(self, method: str, rate: float | None) -> dict[str, Any]:
         """Accuracy of a method, those that are trained at the learning rate `rate`."""
@@ -117,9 +119,7 @@ class Comparison:
         """The trained model and what is to be said of its training."""
         if method in LORA:
             return self._lora(LORA[method], spec)
-        if not spec.out.exists():
-            train_mixture(spec, on_progress=_log_progress)
-        report = json.loads((spec.out / REPORT_FILE).read_text())
+        report = _report_of(spec)
         kept = ("seconds_per_step", "learned_parameters", "gates")
         facts = {"learning_rate": spec.learning_rate} | {name: report[name] for name in kept}
         return load_mixture(load_base(spec)[0], spec.out).model.eval(), facts
@@ -148,8 +148,7 @@ class Comparison:
         from routers.embedder import shared_embedder
 
         mixture, spec = self.specialists("glider"), self.spec("phatgoose", rate)
-        if not spec.out.exists():
-            train_mixture(spec, on_progress=_log_progress)
+        _report_of(spec)
         trained = load_mixture(load_base(spec)[0], spec.out)
         for name, gate in mixture.gates.items():
             gate.load_state_dict(trained.gates[name].state_dict())
@@ -206,6 +205,16 @@ class Comparison:
     def _training_lines(self) -> Iterator[str]:
         for q in sample(1000 + self.seed, STEPS * BATCH, "one", "train"):
             yield Example(query=q.query, answer=q.answer, adapter=q.skills[0]).model_dump_json(exclude_none=True) + "\n"
+
+
+def _report_of(spec: MixtureSpec) -> dict[str, Any]:
+    """The report of a training, which is run where it has not been before. Raises `TrainJobError`."""
+    if not spec.out.exists():
+        return train_mixture(spec, on_progress=_log_progress)
+    report = read_report(spec.out)
+    if report["spec"] != spec.model_dump(mode="json"):
+        raise TrainJobError(f"{spec.out} was trained by another configuration: name another --work")
+    return report
 
 
 def _tokenizer() -> Any:
@@ -267,11 +276,12 @@ def run(seeds: int, results: Path, work: Path, only: Sequence[str] = ()) -> dict
     runs: dict[str, dict[str, Any]] = kept.get("runs", {})
     choosing, comparisons = Comparison(CHOICE_SEED, work), [Comparison(seed, work) for seed in range(seeds)]
     for method in only or METHODS:
-        for rate in RATES if method in TRAINED else ():
-            own = validation.setdefault(method, {})
+        trained = "phatgoose" if method == "glider" else method  # whose gates glider has
+        for rate in RATES if trained in TRAINED else ():
+            own = validation.setdefault(trained, {})
             if f"{rate:g}" not in own:
-                own[f"{rate:g}"] = choosing.validated(method, rate)
-                logger.info("%s at %g: %.3f on validation", method, rate, own[f"{rate:g}"])
+                own[f"{rate:g}"] = choosing.validated(trained, rate)
+                logger.info("%s at %g: %.3f on validation", trained, rate, own[f"{rate:g}"])
                 _write(_results(validation, runs), results)
         wanted = chosen(validation).get(method)
         runs[method] = {seed: r for seed, r in runs.get(method, {}).items() if r.get("learning_rate") == wanted}

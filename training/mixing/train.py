@@ -46,7 +46,9 @@ def train_mixture(
     trainer = _trainer(spec, mixture, tokenizer, rows, args, on_progress)
     checkpoint = _last_checkpoint(part)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    written = _report(spec, trainer, len(examples))
+    if mixture.gate.learns_alone:  # nothing was decided by the gates so far
+        trainer.record_decisions()
+    written = _report(spec, trainer, len(examples), spec.steps - _steps_of(checkpoint))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         _save(mixture, written, part, spec.out)
@@ -160,13 +162,14 @@ def _trainer(spec: MixtureSpec, mixture: Mixture, tokenizer: Any, rows: Any, arg
     )
 
 
-def _report(spec: MixtureSpec, trainer: Any, examples: int) -> dict[str, Any]:
+def _report(spec: MixtureSpec, trainer: Any, examples: int, steps: int) -> dict[str, Any]:
+    """`steps` are those that this run made, after those of a checkpoint."""
     history = [line for line in trainer.state.log_history if "loss" in line]
     return {
         "spec": spec.model_dump(mode="json"),
         "examples": examples,
         "learned_parameters": sum(p.numel() for p in trainer.learned),
-        "seconds_per_step": _last(trainer.state.log_history, "train_runtime") / spec.steps,
+        "seconds_per_step": _last(trainer.state.log_history, "train_runtime") / max(steps, 1),
         "loss": [
             {"step": line["step"], "loss": line["loss"], "auxiliary": line.get("auxiliary_loss")} for line in history
         ],
@@ -193,4 +196,8 @@ def _make_work_folder(part: Path, spec: MixtureSpec, *, resume: bool) -> None:
 def _last_checkpoint(part: Path) -> Path | None:
     folders = (part / "checkpoints").glob("checkpoint-*")
     whole = [folder for folder in folders if (folder / "trainer_state.json").exists()]
-    return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    return max(whole, key=_steps_of, default=None)
+
+
+def _steps_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0

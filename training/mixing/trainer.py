@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -69,6 +70,17 @@ class MixtureTrainer(SFTTrainer):  # type: ignore[misc]
             loss, *outputs = computed if return_outputs else (computed,)
             loss = loss + self._auxiliary(list(records), num_items_in_batch is not None)
         return (loss, *outputs) if return_outputs else loss
+
+    @torch.no_grad()
+    def record_decisions(self, batches: int = 8) -> None:
+        """Let the gates decide for some training batches, for a report on gates that do not while they learn."""
+        self.model.eval()
+        for batch in itertools.islice(self.get_train_dataloader(), batches):
+            inputs = {name: value for name, value in batch.items() if name not in (ADAPTER, "labels")}
+            with self.mixture.recording() as records:
+                self.model(**inputs)
+                own = [self._over_processes(record) for record in records]
+            self._recent = add_records(self._recent, own) if self._recent else own
 
     def latest_report(self) -> dict[str, dict[str, object]]:
         """Load and entropy of each gate over the steps since it was asked for last."""

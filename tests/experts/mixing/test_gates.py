@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from experts.mixing import LayerAdapter, fresh_adapters, install_mixture
 from experts.mixing.adapters import depth_of
-from experts.mixing.balance import BalanceRule, Record, add_records, auxiliary_loss, record_of, report
+from experts.mixing.balance import BalanceRule, Record, add_records, auxiliary_loss, entropy_of, record_of, report
 from experts.mixing.post_hoc import glider_bias
 from experts.mixing.selection import argmax, entropy_hybrid, everything, top_k, top_p
 
@@ -87,6 +88,15 @@ def test_moles_scores_are_those_of_the_adapters_outputs(model: nn.Module, adapte
     torch.testing.assert_close(gate.score(x).double() * gate.log_temperature.exp(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_moles_scores_need_no_copy_of_the_map_for_each_rank(model: nn.Module, adapters: Adapters) -> None:
+    gate = some_mixture(model, adapters, "mole").gates[LAYER]
+    x = torch.randn(5, 32)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        gate.score(x)
+    ranks, experts = 4 + 1 + 8, 3
+    assert max(event.cpu_memory_usage for event in profile.events()) < ranks * 32 * experts * 4  # [R, o, E]
+
+
 def test_phatgoose_scores_normalised_vectors_and_glider_adds_its_bias(model: nn.Module, adapters: Adapters) -> None:
     gate = some_mixture(model, adapters, "glider").gates[LAYER]
     x, ln = torch.randn(4, 32), nn.LayerNorm(32, elementwise_affine=False)
@@ -156,8 +166,8 @@ def records() -> list[Record]:
     indices = torch.tensor([[0, 1], [0, 2], [2, 2]], dtype=torch.int32)
     p = torch.tensor([[0.5, 0.3, 0.2], [0.6, 0.1, 0.3], [0.0, 0.0, 1.0]])
     return [
-        record_of("one", indices, p, counted),
-        record_of("two", indices.flip(0), p.flip(0), counted.flip(0)),
+        record_of("one", indices, p, counted, (0, 1, 2)),
+        record_of("two", indices.flip(0), p.flip(0), counted.flip(0), (0, 1, 2)),
     ]
 
 
@@ -180,18 +190,55 @@ def test_balance_losses_are_those_of_their_papers() -> None:
 
 def test_pooling_averages_the_layers_before_the_product() -> None:
     one, two = records()
-    even = Record("two", one.load.roll(1), one.importance.roll(1), one.entropy, one.tokens)
+    even = replace(two, load=one.load.roll(1), importance=one.importance.roll(1))
     pooled = auxiliary_loss([one, even], BalanceRule("switch", 1.0, pooled=True))
     f = (one.load + even.load) / 4
     p = (one.importance + even.importance) / 4
     torch.testing.assert_close(pooled, 3 * (f * p).sum())
     assert pooled != auxiliary_loss([one, even], BalanceRule("switch", 1.0))
-    assert two.site == "two"
+
+
+def test_pooling_takes_layers_with_different_adapters() -> None:
+    """Even loads are the least, whatever the layers' numbers of adapters; each adapter is averaged where it is."""
+    even = [
+        Record(str(n), torch.full((n,), 2.0 / n), torch.full((n,), 1.0 / n, requires_grad=True), *torch.ones(2), own)
+        for n, own in ((2, (0, 2)), (3, (0, 1, 2)))
+    ]
+    rule = BalanceRule("switch", 1.0, pooled=True)
+    loss = auxiliary_loss(even, rule)
+    assert loss is not None
+    torch.testing.assert_close(loss, torch.tensor(2.0))
+    loss.backward()
+    for record in even:  # no adapter of a layer is pulled at more than the others
+        assert record.importance.grad is not None
+        torch.testing.assert_close(record.importance.grad, record.importance.grad[:1].expand(len(record.load)))
+    uneven = replace(even[1], load=torch.tensor([0.0, 2.0, 0.0]), importance=torch.tensor([0.0, 1.0, 0.0]))
+    torch.testing.assert_close(auxiliary_loss([even[0], uneven], rule), torch.tensor((1.0 + 6.0) / 2))
+
+
+def test_mixlora_balances_layers_with_different_adapters(model: nn.Module, adapters: Adapters, tokens: Tensor) -> None:
+    mixture = some_mixture(model, adapters, "mixlora")
+    assert {len(layer.adapters) for layer in mixture.layers.values()} == {3, 4}
+    mixture.prepare_training()
+    with mixture.recording() as own:
+        model(tokens)
+        loss = auxiliary_loss(own, mixture.rule)
+    assert loss is not None
+    loss.backward()
+    assert all(bool(gate.weight.grad.any()) for gate in mixture.gates.values())
+
+
+def test_an_entropys_gradient_is_finite_where_a_probability_vanishes() -> None:
+    logits = torch.tensor([[0.0, -200.0, 1.0]], requires_grad=True)
+    for q in (None, 1.1):
+        (gradient,) = torch.autograd.grad(entropy_of(logits.softmax(1), q).sum(), logits)
+        assert bool(gradient.isfinite().all())
+        assert bool(gradient.any())
 
 
 def test_loads_of_the_global_batch_stand_for_the_micro_batchs_own() -> None:
     indices, p = torch.tensor([[0], [0]], dtype=torch.int32), torch.tensor([[0.7, 0.3], [0.9, 0.1]])
-    first, second = record_of("a", indices, p, None), record_of("a", 1 - indices, p, None)
+    first, second = (record_of("a", chosen, p, None, (0, 1)) for chosen in (indices, 1 - indices))
     loss = auxiliary_loss([second], BalanceRule("switch", 1.0), add_records([first], [second]))
     torch.testing.assert_close(loss, torch.tensor(1.0))  # both adapters have half of the four tokens
 

@@ -13,7 +13,7 @@ from models import save_adapter, save_model
 from safetensors.torch import load_file, save_file
 from some_mixtures import some_mixture
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from experts.errors import MixingError
 from experts.mixing import (
@@ -26,7 +26,9 @@ from experts.mixing import (
     new_adapters,
     read_adapters,
 )
+from experts.mixing.gate import Site
 from experts.mixing.install import GATE_FILE
+from experts.mixing.layer import MixedLoraLinear
 
 LAYER = "model.layers.0.self_attn.q_proj"
 Adapters = Mapping[str, Mapping[str, LayerAdapter]]
@@ -80,7 +82,12 @@ def test_architectures(architecture: str, tmp_path: Path, tokens: Tensor) -> Non
         assert not torch.allclose(model(tokens).logits, only)
 
 
-def broken(adapters: Adapters, **change: Tensor) -> dict[str, dict[str, LayerAdapter]]:
+def gpt2() -> nn.Module:
+    """A model without linear layers in its blocks."""
+    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50))
+
+
+def broken(adapters: Adapters, **change: Any) -> dict[str, dict[str, LayerAdapter]]:
     """With one part of adapter `b` changed."""
     copy = {name: dict(adapter) for name, adapter in adapters.items()}
     copy["b"][LAYER] = replace(copy["b"][LAYER], **change)
@@ -96,11 +103,10 @@ def broken(adapters: Adapters, **change: Tensor) -> dict[str, dict[str, LayerAda
         ),
         ({"a": torch.zeros(1, 48)}, "it maps 48 to 32 features, the layer 32 to 32: is this its base"),
         ({"b": torch.full((32, 1), torch.nan)}, "not finite"),
+        ({"scale": float("nan")}, "its scale must be a finite number, got nan"),
     ],
 )
-def test_matrices_that_do_not_fit(
-    change: dict[str, Tensor], message: str, model: nn.Module, adapters: Adapters
-) -> None:
+def test_matrices_that_do_not_fit(change: dict[str, Any], message: str, model: nn.Module, adapters: Adapters) -> None:
     with pytest.raises(MixingError, match=message):
         install_mixture(model, broken(adapters, **change), "arrow")
 
@@ -121,6 +127,7 @@ def test_matrices_that_do_not_fit(
         (lambda m, a: install_mixture(m, a, "smora"), "ranks of one adapter, got 4"),
         (lambda m, a: install_mixture(m, {"b": a["b"]}, "smora"), "k = 8 is more than the 1 ranks"),
         (lambda m, a: new_adapters(m, rank=40), "rank 40 is more than the 32"),
+        (lambda m, a: new_adapters(gpt2()), "there are .*; its Conv1D layers cannot be adapted"),
         (lambda m, a: new_adapters(m, experts=0), "at least 1"),
         (lambda m, a: new_adapters(m, targets=["query"]), "no linear layer fits targets.*q_proj"),
         (lambda m, a: read_adapters({"a": Path("/nowhere")}, m), "adapter 'a' in '/nowhere'"),
@@ -177,6 +184,62 @@ def test_wrong_requests_are_refused_when_they_are_set(
     with pytest.raises(MixingError, match=message):
         state.set(requests, request_of_token=rows)
     assert state.requests == 0
+
+
+@pytest.mark.parametrize(
+    ("gate", "wish", "message"),
+    [
+        (
+            "smora",
+            RequestMixture.only("expert-0"),
+            "'smora' mixes the ranks of one adapter: a request has the gate, or",
+        ),
+        ("flylora", RequestMixture.only("expert-0"), "the gate, or the base alone"),
+        ("smora", RequestMixture(bias={"expert-0": 1.0}), "takes no bias: a request has the gate, or the base alone"),
+        (
+            "static",
+            RequestMixture(bias={"a": 1.0}),
+            "takes no bias: a request has weights of its own, or those installed",
+        ),
+    ],
+)
+def test_wishes_that_the_gate_cannot_serve_are_refused(
+    gate: str, wish: RequestMixture, message: str, model: nn.Module, adapters: Adapters
+) -> None:
+    own = adapters if gate == "static" else fresh_adapters(model, gate, rank=16)
+    state = install_mixture(model, own, gate).state
+    with pytest.raises(MixingError, match=message):
+        state.set([RequestMixture(), wish])
+    state.set([RequestMixture(), RequestMixture.base()])
+
+
+def test_an_install_that_fails_half_way_leaves_the_model_alone(
+    model: nn.Module, adapters: Adapters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def fail_late(self: MixedLoraLinear) -> Site:
+        made.append(self)
+        if len(made) == 5:
+            raise MemoryError
+        return site(self)
+
+    site = MixedLoraLinear.site
+    monkeypatch.setattr(MixedLoraLinear, "site", fail_late)
+    with pytest.raises(MemoryError):
+        install_mixture(model, adapters, "arrow")
+    assert not any(isinstance(module, MixedLoraLinear) for module in model.modules())
+    assert not model._forward_pre_hooks
+
+
+def test_removing_a_trained_mixture_gives_back_what_learned(model: nn.Module, adapters: Adapters) -> None:
+    model.model.embed_tokens.requires_grad_(False)
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    mixture = some_mixture(model, adapters, "mixlora")
+    mixture.prepare_training()
+    mixture.prepare_training()
+    mixture.remove()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
 
 
 def test_a_gates_nan_is_an_error_and_no_answer(model: nn.Module, adapters: Adapters, tokens: Tensor) -> None:

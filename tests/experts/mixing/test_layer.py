@@ -107,11 +107,78 @@ def test_tokens_of_several_requests_lie_side_by_side(model: nn.Module, adapters:
     state.set([RequestMixture.only("a")] * 2, request_of_token=torch.tensor([0, 1]))
     with pytest.raises(MixingError, match="names 2 tokens, not 6"):
         layer(x)
-    state.set([RequestMixture()] * 4)
-    layer(x)  # gated without bias: no row is looked up
-    state.set([RequestMixture.base()] * 4)
-    with pytest.raises(MixingError, match="6 tokens are no batch of 4 rows"):
-        layer(x)
+    for wish in (RequestMixture(), RequestMixture.base()):
+        state.set([wish] * 4)
+        with pytest.raises(MixingError, match="6 rows is not that of 4 requests"):
+            layer(x)
+
+
+def test_requests_are_never_smeared_over_rows(model: nn.Module, adapters: Adapters, tokens: Tensor) -> None:
+    mixture = some_mixture(model, adapters, "static")
+    wishes = [RequestMixture.only("a"), RequestMixture.only("c")]
+    with torch.no_grad(), mixture.requests(wishes):
+        with pytest.raises(MixingError, match="3 rows is not that of 2 requests"):
+            model(tokens)  # 18 tokens, which two requests would divide
+        with pytest.raises(MixingError, match="1 rows is not"):
+            model(tokens[:1])
+        beams = model(tokens[:1].expand(4, -1)).logits  # two rows for each
+        alone = model(tokens[:1].expand(2, -1)).logits
+    torch.testing.assert_close(beams, alone.repeat_interleave(2, 0))
+
+
+@pytest.mark.parametrize("gate", list(GATES))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_leaves_the_constants_and_the_answers(
+    gate: str, dtype: torch.dtype, model: nn.Module, adapters: Adapters
+) -> None:
+    """A layer whose model was cast answers as the one that was made of the cast matrices."""
+    mixture = made_for(model, gate, adapters)
+    if gate == "static":
+        mixture.state.set([RequestMixture(weights={"a": 0.7, "c": -0.3})])
+    layer = mixture.layers[LAYER.replace("up_proj", "gate_proj")]  # the first of its block
+    x = torch.randn(40, 32, generator=torch.Generator().manual_seed(1)).to(dtype)
+    model.to(dtype)
+    kept = [*layer.named_buffers(recurse=False), *(layer.gate.state_dict().items() if layer.gate else ())]
+    assert kept
+    assert {tensor.dtype for _, tensor in kept} <= {torch.float32, torch.int32, torch.int64}
+    assert layer.A.dtype == layer.weight.dtype == dtype
+    low = layer(x)
+    rounded = model.float()  # A, B and the base stay as the cast rounded them, sums are exact enough
+    assert rounded is model
+    assert error(low, layer(x.float()).double()) < 2e-2
+
+
+def test_a_model_in_bfloat16_gives_the_sum_in_float64(model: nn.Module, adapters: Adapters) -> None:
+    mixture = install_mixture(model, adapters, "static", {"weights": {"a": 0.7, "c": -0.3}})
+    layer = mixture.layers[LAYER]
+    model.to(torch.bfloat16)
+    x = torch.randn(5, 32).bfloat16()
+    indices, weights = torch.tensor([[0, 2]]).expand(5, -1), torch.tensor([[0.7, -0.3]]).expand(5, -1)
+    assert error(layer(x), exact(layer, x, indices, weights)) < 1e-2
+
+
+def test_a_state_makes_its_tables_where_the_model_is(model: nn.Module, adapters: Adapters) -> None:
+    state = install_mixture(model, adapters, "arrow").state
+    model.to("meta")
+    state.set([RequestMixture.only("a")])
+    assert state.table(0).weights.device.type == state.given.device.type == "meta"
+
+
+def test_a_mixed_layer_has_what_models_read_of_a_linear_one(tmp_path: Path) -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 50}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()  # reads self.wo.weight.dtype
+    mixture = some_mixture(model, fresh_adapters(model, "mola", experts=2, rank=2), "mola")
+    tokens = torch.arange(6)[None]
+    with torch.no_grad():
+        mixed = model(input_ids=tokens, decoder_input_ids=tokens).logits
+        mixture.remove()
+        assert not torch.allclose(model(input_ids=tokens, decoder_input_ids=tokens).logits, mixed)
+    layer = next(iter(mixture.layers.values()))
+    base = layer.base_layer
+    assert (layer.weight, layer.bias) == (base.weight, base.bias)
+    assert (layer.in_features, layer.out_features) == (base.in_features, base.out_features)
 
 
 def test_a_row_of_one_adapter_equals_pefts_adapter_names(

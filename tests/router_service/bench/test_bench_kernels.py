@@ -29,6 +29,7 @@ def test_runs_into_one_file_add_up_and_are_drawn(tmp_path: Path) -> None:
     shapes = {(r["experts"], r["tokens"]) for r in results["records"]}
     assert shapes == {(3, 2), (4, 2), (4, 5)}
     assert len(results["records"]) == 6 * 3
+    assert all(r["machine"]["torch"] for r in results["records"])
     assert set(results["summary"]["dim 16"]["times_arrow"]) == {"3", "4"}
     assert plot.read_bytes().startswith(b"\x89PNG")
 

@@ -61,7 +61,18 @@ def test_the_command_trains_reports_and_saves(data: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_mixture(data: Path, tmp_path: Path) -> None:
+def test_a_killed_run_ends_with_the_same_mixture(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from training.mixing.trainer import MixtureTrainer
+
+    runtimes: dict[str, float] = {}
+    log = MixtureTrainer.log
+
+    def note(self: Any, logs: dict[str, float], *rest: Any) -> None:
+        if "train_runtime" in logs:
+            runtimes[Path(self.args.output_dir).parent.stem] = logs["train_runtime"]
+        log(self, logs, *rest)
+
+    monkeypatch.setattr(MixtureTrainer, "log", note)
     own = {"gate": "mola", "experts": 2, "rank": 4, "targets": ["q_proj"]}
     train_mixture(spec_of(data, tmp_path / "whole", **own))
 
@@ -79,6 +90,8 @@ def test_a_killed_run_ends_with_the_same_mixture(data: Path, tmp_path: Path) -> 
     assert seen == [3]
     for folder in ("whole", "cut"):
         assert read_report(tmp_path / folder)["gates"]
+    assert runtimes["cut"] == pytest.approx(read_report(tmp_path / "cut")["seconds_per_step"])  # of the one step left
+    assert runtimes["whole"] == pytest.approx(3 * read_report(tmp_path / "whole")["seconds_per_step"])
     whole, cut = (
         dict(load_mixture(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / name).model.state_dict())
         for name in ("whole", "cut")
@@ -93,6 +106,11 @@ def test_phatgooses_gates_learn_each_on_its_adapters_own_data(data: Path, tmp_pa
     adapters = {name: FLEET / "adapters" / name for name in ("units", "roman", "dates")}
     train_mixture(spec_of(data, tmp_path / "m", gate="phatgoose", adapters=adapters, gate_learning_rate=1e-2))
     mixture = load_mixture(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / "m")
+    lines = read_report(tmp_path / "m")["gates"]
+    assert set(lines) == set(mixture.gates)
+    for line in lines.values():  # of the gates' own decisions: two of the three adapters for each token
+        assert sum(line["load"]) == pytest.approx(2, abs=1e-3)
+        assert 0 < line["token_entropy"] <= 1
     for gate in mixture.gates.values():
         units, roman, dates = gate.vectors
         assert units.any()
