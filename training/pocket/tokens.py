@@ -35,13 +35,17 @@ def whole_words() -> list[str]:
     return sorted({f" {word}" for word in words} | {word for word in words if word[0].isupper()})
 
 
-def build_tokenizer() -> "PreTrainedTokenizerFast":
-    """The tokenizer with its chat template, as ``AutoTokenizer`` will load it."""
+def build_tokenizer(whole: Sequence[str] | None = None) -> "PreTrainedTokenizerFast":
+    """The tokenizer with its chat template, as ``AutoTokenizer`` will load it.
+
+    Args:
+        whole: Words that are one token, each with the space before it if any; by default `whole_words`.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [word.replace(" ", "Ġ") for word in whole_words()]
+    words = [word.replace(" ", "Ġ") for word in (whole_words() if whole is None else whole)]
     vocab = {token: index for index, token in enumerate([*SPECIAL, *letters, *words])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

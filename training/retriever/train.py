@@ -19,14 +19,11 @@ A domain's adapter and its observations do not depend on the other domains that 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +46,7 @@ from training.retriever.corpus import Corpus, read_corpus, sha256_of
 from training.retriever.fit import AdapterConfig, fit_adapter
 from training.retriever.measures import BM25, own_ndcg
 from training.retriever.pairs import Pair, pairs_of
+from training.work_folder import work_folder
 
 OnProgress = Callable[[str, int, int], None]
 """Hears of a step's name, how much of it is done, and how much there is."""
@@ -134,7 +132,7 @@ def train_retriever(
     keys = {corpus.name: domain_key(spec, corpus) for corpus in corpora}
     if spec.out.exists():
         return _finished(spec, keys)
-    with _work_folder(spec.out, resume) as work:
+    with work_folder(spec.out, resume) as work:
         run = _Run(spec, work, keys, on_progress)
         return run.finish(corpora)
 
@@ -346,25 +344,6 @@ def _finished(spec: RetrieverSpec, keys: Mapping[str, str]) -> RetrieverManifest
             "choose another folder"
         )
     return manifest
-
-
-@contextmanager
-def _work_folder(out: Path, resume: bool) -> Iterator[Path]:
-    """`OUT.part`, locked; a rename makes it `OUT`."""
-    work = out.with_name(out.name + ".part")
-    work.mkdir(parents=True, exist_ok=True)
-    lock = os.open(work, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrainJobError(f"another run is training into {out}") from error
-        if not resume:
-            for path in work.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield work
-    finally:
-        os.close(lock)
 
 
 def _write(path: Path, text: str) -> None:
