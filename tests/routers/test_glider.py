@@ -70,9 +70,10 @@ def test_a_written_instruction_is_compared_with_the_experts_instructions(
     router: GliderRouter, fake_embedder: Embedder
 ) -> None:
     same, other = router.guidance(["x", "y"], [INSTRUCTIONS["sums"], "translate to french"])
-    cosines = fake_embedder.embed([INSTRUCTIONS["sums"], "translate to french"]) @ fake_embedder.embed(
-        [*INSTRUCTIONS.values()]
-    ).T
+    cosines = (
+        fake_embedder.embed([INSTRUCTIONS["sums"], "translate to french"])
+        @ fake_embedder.embed([*INSTRUCTIONS.values()]).T
+    )
     for guidance, row, alpha in ((same, cosines[0], 103), (other, cosines[1], 3)):  # alpha is each request's own
         assert list(guidance.scores.values()) == pytest.approx(row.tolist(), abs=1e-6)
         assert list(guidance.bias.values()) == pytest.approx((alpha * row).tolist(), abs=1e-3)

@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 HELD_IN = ("letters_list", "first_word_letter", "sum", "singular_to_plural", "negation", "active_to_passive")
 HELD_OUT = ("second_word_letter", "diff", "taxonomy_animal", "antonyms")
 SHAPE = {"hidden_size": 144, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6}
-BASE = Recipe(steps=700, examples=96, lr=3e-3, lessons=0.5, checkpoint_every=50)
+BASE = Recipe(steps=600, examples=80, lr=3e-3, lessons=0.5, checkpoint_every=50)
 RANK = 8
-ADAPTER = Recipe(steps=200, examples=48, lr=4e-3, warmup=15, weight_decay=0.0, checkpoint_every=50)
+ADAPTER = Recipe(steps=160, examples=40, lr=4e-3, warmup=15, weight_decay=0.0, checkpoint_every=50)
 MULTI_TASK = Recipe(
     ADAPTER.steps * len(HELD_IN), ADAPTER.examples, lr=4e-3, warmup=15, weight_decay=0.0, checkpoint_every=100
 )
