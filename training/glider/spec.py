@@ -79,8 +79,8 @@ class GliderSpec(_Model):
 
     @property
     def steps(self) -> int:
-        """Of each expert."""
-        return STEPS[self.gate] if self.file.steps is None else self.file.steps
+        """Of each expert; none where there is nothing to train."""
+        return (self.file.steps or STEPS[self.gate]) if STEPS[self.gate] else 0
 
     def adapter(self, name: str) -> Path:
         """The folder of an expert's adapter."""
