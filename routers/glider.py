@@ -36,6 +36,7 @@ Source = Literal["instruction", "query"]
 """What was compared with the experts: an instruction that was written for the query, or the query itself."""
 
 _NEVER = 2.0  # a bound that no cosine passes
+_LEFT_OUT = -1e9
 _FEWEST_FOR_A_BOUND = 4  # examples
 
 
@@ -68,6 +69,11 @@ class Guidance:
     source: Source
     instruction: str | None = None
     why: str = ""
+
+    @property
+    def gate_bias(self) -> dict[str, float]:
+        """The bias as JSON, which has no infinity: what is left out is so far below that nothing of it is left."""
+        return {name: max(bias, _LEFT_OUT) for name, bias in self.bias.items()}
 
 
 class GliderRouter(FittedRouter[GliderConfig]):

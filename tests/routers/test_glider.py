@@ -116,6 +116,8 @@ def test_a_gate_is_left_the_best_adapters_alone(fake_embedder: Embedder) -> None
     kept = sorted(guidance.scores, key=lambda name: -guidance.scores[name])[:2]
     assert {name for name, bias in guidance.bias.items() if bias > -np.inf} == set(kept)
     assert kept[0] == "sums"
+    assert json.loads(json.dumps(guidance.gate_bias, allow_nan=False)).keys() == guidance.bias.keys()
+    assert [name for name, bias in guidance.gate_bias.items() if bias > -1e6] == [n for n in guidance.bias if n in kept]
 
 
 def test_an_experts_rows_do_not_depend_on_the_others(fake_embedder: Embedder) -> None:

@@ -6,6 +6,7 @@ train.py    all parts, side by side where there is a cluster, and the mixture an
 writer.py   instructions from examples, by a configured expert
 rules.py    the tasks and the small language model that the methods are compared on
 compare.py  what the methods are worth, held-in and held-out
+speed.py    what a gate over many adapters costs a decoding step
 
 docs/glider.md says how to use it, and how it did.
 """

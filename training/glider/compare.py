@@ -54,7 +54,7 @@ WORK = Path.home() / ".cache" / "router-service" / "glider"
 SEEDS = range(3)
 EXAMPLES = 300  # of each task, for its gate and the router
 _POCKET_HELD_OUT = ("units", "roman", "logic", "elements")
-MULTI_TASK = Recipe(steps=150, examples=96, lr=1e-3, warmup=15, weight_decay=0.0, checkpoint_every=25)
+MULTI_TASK = Recipe(steps=100, examples=96, lr=1e-3, warmup=15, weight_decay=0.0, checkpoint_every=25)
 _ROWS = 100  # questions answered at once
 
 
@@ -184,12 +184,12 @@ class Comparison:
             "right adapter": lambda: self.static(self._right),
             "uniform merge": lambda: self.static(lambda _: RequestMixture({n: 1 / len(names) for n in names})),
             "random": self.random,
-            "multi-task LoRA": self.multi_task,
             "arrow": lambda: self.gated("arrow", None),
             "phatgoose": lambda: self.gated("phatgoose", None),
             "glider": lambda: self.gated("glider", lambda g, _: RequestMixture(bias=g.bias)),
             "glider, query against instructions": lambda: self.gated("glider", self._against_instructions),
             "arrow, steered": lambda: self.gated("arrow", lambda g, _: RequestMixture(bias=g.bias)),
+            "multi-task LoRA": self.multi_task,
             "global half alone": lambda: self.gated("glider", lambda g, _: RequestMixture.only(_best(g.scores))),
         }
 
