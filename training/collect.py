@@ -1,13 +1,14 @@
 """Collect observations: every prompt to every expert, concurrently, resumable, under a cost ceiling, graded.
 
 How an expert is reached is the caller's: `Ask` is the one seam. Before each call the most that it can cost is reserved
-(`cost_bound`), so that the ceiling holds whatever the experts answer, also over several runs and kills: the journal
-keeps what may have been spent.
+(`cost_bound`), so that the ceiling holds also over several runs and kills: the journal keeps what may have been spent.
+An expert that bills for more than it was allowed to answer ends the run.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -47,20 +48,24 @@ class AskError(Exception):
 class Ask(Protocol):
     """Sends one chat to one expert. Raises `AskError`, or `CollectError` when the whole run cannot go on."""
 
-    async def __call__(self, card: ExpertCard, messages: Messages, max_tokens: int) -> Reply:
+    async def __call__(self, card: ExpertCard, messages: Messages, max_tokens: int, temperature: float) -> Reply:
         """The whole answer with its tokens, its cost at the card's prices and how long it took."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to collect. `max_cost_usd` bounds the spending of all runs into the same journal, judge included."""
+    """What to collect. `max_cost_usd` bounds the spending of all runs into the same journal, judge included.
+
+    `temperature` is that of every call, the judge's included; 0 is greedy.
+    """
 
     prompts: Sequence[Prompt]
     cards: Sequence[ExpertCard]
     grader: GraderName = "exact"
     judge: ExpertCard | None = None
     max_tokens: int = 1024
+    temperature: float = 0.0
     max_cost_usd: float | None = None
     concurrency: int = 8
     attempts: int = 4
@@ -68,6 +73,8 @@ class Plan:
 
     def __post_init__(self) -> None:
         """Refuse at once what would fail after money was spent."""
+        if self.max_cost_usd is not None and not (math.isfinite(self.max_cost_usd) and self.max_cost_usd >= 0):
+            raise CollectError(f"the ceiling must be a finite number of USD from 0 up, not {self.max_cost_usd!r}")
         for prompt in self.prompts:
             grader = prompt.grader or self.grader
             if grader == "judge":
@@ -179,7 +186,7 @@ class _Run:
         self, card: ExpertCard, messages: Messages, prompt: str, check: Callable[[str], object] = str
     ) -> Reply:
         """The journal's reply, or else a new one, tried a few times; one that fails `check` (`GradeError`) is none."""
-        key = call_key(card.name, messages, self._plan.max_tokens)
+        key = call_key(card.name, messages, self._plan.max_tokens, self._plan.temperature)
         if key in self._journal.replies:
             return self._journal.replies[key]
         for attempt in range(1, self._plan.attempts + 1):
@@ -197,7 +204,7 @@ class _Run:
         bound = cost_bound(card, messages, self._plan.max_tokens)
         call = await self._reserve(key, card.name, prompt, bound)
         try:
-            reply = await self._ask(card, messages, self._plan.max_tokens)
+            reply = await self._ask(card, messages, self._plan.max_tokens, self._plan.temperature)
             check(reply.text)
         except AskError as error:
             self._journal.fail(call, str(error), bound if error.billed else 0.0)
@@ -207,11 +214,21 @@ class _Run:
             raise AskError(str(error), retryable=True) from error
         else:
             self._journal.end(call, reply)
+            self._check_bound(card, reply, bound)
             return reply
         finally:
             async with self._settled:
                 self._under_way -= 1
                 self._settled.notify_all()
+
+    def _check_bound(self, card: ExpertCard, reply: Reply, bound: float) -> None:
+        """Under a ceiling, go no further with an expert that bills more than its request allowed."""
+        if self._plan.max_cost_usd is not None and reply.cost_usd > bound:
+            raise CollectError(
+                f"{card.name!r} billed {reply.output_tokens} output tokens where {self._plan.max_tokens} were allowed "
+                f"({reply.cost_usd:.4f} USD, bound {bound:.4f}): no ceiling can be kept with it. Leave it out, or "
+                "collect from it without a ceiling"
+            )
 
     async def _reserve(self, key: str, expert: str, prompt: str, bound: float) -> int:
         """Wait until the bound fits beside the calls that are under way; it may never."""
@@ -250,7 +267,7 @@ def table_rows(
             id=prompt_id,
             task=prompt.task,
             query=text_of(prompt),
-            split=prompt.split or split_of(prompt_id, test_share),
+            split=prompt.split or split_of(text_of(prompt), test_share),
             experts=[_observation(pair) for pair in sorted(pairs, key=lambda pair: pair.expert)],
         )
 

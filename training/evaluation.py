@@ -37,7 +37,8 @@ class Evaluation:
     """What one router, or one reference, reached. Figures are per draw [D], NaN where they do not exist.
 
     `figures` are in the units of their names; `saved` is the share of the best single expert's cost, `gain` quality
-    above its own, `gap_closed` that over the oracle's. `decision_ms` are single decisions, timed beside the embedding.
+    above its own, `gap_closed` that over the oracle's: these three are over the queries on which that expert was
+    observed. `decision_ms` are single decisions, timed beside the embedding.
     """
 
     router: str
@@ -57,6 +58,8 @@ class Report:
     best_single: str
     best_quality: Floats
     best_cost: Floats
+    compared: int
+    """Queries on which the best single expert was observed: `saved`, `gain` and `gap_closed` are over these."""
     queries: int
     evaluations: Sequence[Evaluation]
     references: Sequence[Evaluation]
@@ -99,10 +102,11 @@ class Bench:
         self._best, self._weak = int(means.argmax()), int(means.argmin())
         self._expert_cost = metrics.weighted_mean(table.test.cost_usd, self._draws)
         self._best_quality = metrics.weighted_mean(table.test.quality, self._draws)[:, self._best]
-        oracle = _observed(table.test)
-        self._oracle_quality = self._frontier(metrics.sweep(oracle, table.test.quality, table.test.cost_usd)).quality[
-            :, 0
-        ]
+        self._compared = ~np.isnan(table.test.quality[:, self._best])
+        if not self._compared.any():
+            raise ObservationError(f"{table.test.cards[self._best].name!r}, the best on train, has no test rows")
+        oracle = metrics.sweep(_observed(table.test), table.test.quality, table.test.cost_usd)
+        self._oracle_quality = self._compared_mean(oracle.quality[:, 0])
 
     def measure_router(self, router: AnyRouter) -> Evaluation:
         """Measure a fitted router, its calibration and its speed included."""
@@ -128,6 +132,7 @@ class Bench:
             best_single=self._test.cards[self._best].name,
             best_quality=self._best_quality,
             best_cost=self._expert_cost[:, self._best],
+            compared=int(self._compared.sum()),
             queries=len(self._test),
             evaluations=evaluations,
             references=self._references(),
@@ -156,18 +161,18 @@ class Bench:
         self, name: str, swept: Outcomes, chosen: Outcomes, rewards: Mapping[str, Floats], score: FloatArray
     ) -> Evaluation:
         front = self._frontier(swept)
-        quality = metrics.weighted_mean(chosen.quality[:, 0], self._draws)
-        gain = quality - self._best_quality
-        with np.errstate(invalid="ignore", divide="ignore"):
-            gap_closed = gain / (self._oracle_quality - self._best_quality)
+        gain = self._compared_mean(chosen.quality[:, 0]) - self._best_quality
+        gap = self._oracle_quality - self._best_quality
         figures = {
-            "quality": quality,
+            "quality": metrics.weighted_mean(chosen.quality[:, 0], self._draws),
             "cost_usd_per_1k": 1000 * metrics.weighted_mean(chosen.cost_usd[:, 0], self._draws),
             "aiq": metrics.aiq(front, self._expert_cost),
             "aiq_routerbench": metrics.aiq_routerbench(front, self._expert_cost),
-            "saved": metrics.saved(front, self._expert_cost[:, self._best], self._best_quality),
+            "saved": metrics.saved(
+                self._compared_frontier(swept, front), self._expert_cost[:, self._best], self._best_quality
+            ),
             "gain": gain,
-            "gap_closed": gap_closed,
+            "gap_closed": np.divide(gain, gap, out=np.full_like(gain, np.nan), where=gap > 0),
             **self._pair_figures(score),
         }
         mean_rewards = {name: metrics.weighted_mean(values, self._draws) for name, values in rewards.items()}
@@ -184,8 +189,19 @@ class Bench:
     def _frontier(self, outcomes: Outcomes) -> Frontier:
         return metrics.frontier(outcomes, self._draws)
 
+    def _compared_mean(self, values: Floats) -> Floats:
+        """Mean [D] of `values` [Q] over the queries on which the best single expert was observed."""
+        return metrics.weighted_mean(np.where(self._compared, values, np.nan), self._draws)
+
+    def _compared_frontier(self, outcomes: Outcomes, over_all: Frontier) -> Frontier:
+        if self._compared.all():
+            return over_all
+        here = self._compared
+        return metrics.frontier(Outcomes(outcomes.quality[here], outcomes.cost_usd[here]), self._draws[:, here])
+
     def _chosen(self, estimates: Estimates) -> Outcomes:
-        """What the policy's choices gave. A query that it leaves to nobody has quality 0 and costs nothing."""
+        """What the policy's choices gave. A query that it leaves to nobody has quality 0 and costs nothing; one that it
+        leaves to experts of which none was observed there is unknown."""
         rows = [self._chosen_row(estimates, row) for row in range(len(self._queries))]
         quality, cost = np.array(rows, np.float64).T
         return Outcomes(quality[:, None], cost[:, None])
@@ -201,7 +217,7 @@ class Bench:
             quality = float(self._test.quality[row, place[candidate.expert]])
             if not np.isnan(quality):
                 return quality, float(self._test.cost_usd[row, place[candidate.expert]])
-        return 0.0, 0.0
+        return np.nan, np.nan
 
     def decision_ms(self, router: AnyRouter) -> dict[str, Interval]:
         """p50 and p99 of deciding for one query alone, its embedding being known."""

@@ -64,7 +64,7 @@ def _row(entry: Mapping[str, Any], quality: float, test_share: float) -> Observe
         latency_s=call["latency_s"],
         observed_at=entry["at"],
     )
-    split = split_of(entry["id"], test_share)
+    split = split_of(entry["text"], test_share)
     return ObservedQuery(id=entry["id"], query=entry["text"], split=split, experts=[observed])
 
 

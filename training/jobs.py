@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shlex
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _POLL_S = 0.5
+_START_S = 60.0  # a cluster that has just been started may need as long to take its first job
 
 
 def job_server(address: str | None) -> JobSubmissionClient:
@@ -62,10 +64,15 @@ def submit(server: JobSubmissionClient, command: Sequence[str], working_dir: Pat
     `working_dir` is uploaded and is the command's folder there, if given. Raises `SubmitError`.
     """
     runtime_env = {"working_dir": str(working_dir)} if working_dir else {}
-    try:
-        return str(server.submit_job(entrypoint=shlex.join(command), runtime_env=runtime_env))
-    except (RuntimeError, ValueError, OSError) as error:
-        raise SubmitError(f"the cluster refused the job: {error}") from error
+    deadline = time.monotonic() + _START_S
+    while True:
+        try:
+            return str(server.submit_job(entrypoint=shlex.join(command), runtime_env=runtime_env))
+        except (RuntimeError, ValueError, OSError) as error:
+            # The job server answers some seconds before the agent that starts jobs does.
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise SubmitError(f"the cluster refused the job: {error}") from error
+            time.sleep(_POLL_S)
 
 
 async def follow(server: JobSubmissionClient, job_id: str, on_log: Callable[[str], None]) -> None:

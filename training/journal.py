@@ -40,9 +40,9 @@ class Reply:
     confidence: float | None = None
 
 
-def call_key(expert: str, messages: Sequence[Mapping[str, str]], max_tokens: int) -> str:
+def call_key(expert: str, messages: Sequence[Mapping[str, str]], max_tokens: int, temperature: float) -> str:
     """Names a call by its content."""
-    asked = json.dumps([expert, list(messages), max_tokens], sort_keys=True, ensure_ascii=False)
+    asked = json.dumps([expert, list(messages), max_tokens, temperature], sort_keys=True)
     return hashlib.sha256(asked.encode()).hexdigest()
 
 
@@ -78,11 +78,11 @@ class Journal:
 
     def _append(self, entry: dict[str, Any]) -> None:
         # On the event loop, on purpose: no cancellation can come between a call and its line.
-        line = json.dumps(entry, ensure_ascii=False).encode() + b"\n"
-        self._apply(entry)
+        line = json.dumps(entry).encode() + b"\n"  # in ASCII: a reply may hold half a surrogate pair
         if os.write(self._file, line) != len(line):
             raise OSError(f"{self._path}: the disk took a part of a line only")
         os.fsync(self._file)
+        self._apply(entry)
 
     def _apply(self, entry: dict[str, Any]) -> None:
         call = entry["call"]

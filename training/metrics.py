@@ -41,9 +41,9 @@ class Interval:
 
         Draws in which it does not exist (NaN: a quality that this resample does not reach) are left out.
         """
-        if np.isnan(figures[0]):
+        if not np.isfinite(figures[0]):
             return None
-        resampled = figures[1:][~np.isnan(figures[1:])]
+        resampled = figures[1:][np.isfinite(figures[1:])]
         low, high = np.percentile(resampled, [2.5, 97.5]) if len(resampled) else (figures[0], figures[0])
         return cls(float(figures[0]), float(low), float(high))
 
@@ -193,14 +193,15 @@ class PairCurve:
         return np.asarray(np.trapezoid(self.recovered, self.share, axis=1))
 
     def cpt(self, recovered: float) -> Floats:
-        """The least share of calls to the strong expert that recovers that much of the gap [D]."""
-        reached = (self.recovered >= recovered).argmax(axis=1)
+        """The least share of calls to the strong expert that recovers that much of the gap [D]; NaN without a gap."""
+        enough = self.recovered >= recovered
+        reached = enough.argmax(axis=1)
         rows, before = np.arange(len(reached)), np.maximum(reached - 1, 0)
         low, high = self.recovered[rows, before], self.recovered[rows, reached]
         with np.errstate(invalid="ignore", divide="ignore"):
             part = np.where(high > low, (recovered - low) / (high - low), 0.0)
         left = self.share[rows, before]
-        return np.asarray(left + part * (self.share[rows, reached] - left))
+        return np.where(enough.any(axis=1), left + part * (self.share[rows, reached] - left), np.nan)
 
 
 def pair_curve(score: FloatArray, weak: FloatArray, strong: FloatArray, draws: FloatArray) -> PairCurve:

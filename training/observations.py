@@ -21,6 +21,8 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,7 @@ _MEASURED = ("quality", "cost_usd", *_TOKENS, "latency_s", "observed_at", "confi
 _SHARES = ("quality", "confidence")
 _REQUIRED = {"quality", "cost_usd"}
 _ROWS_PER_GROUP = 1024
+_LARGEST = 1e30  # tables hold float32, in which sums of such numbers are finite still
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +104,7 @@ def _card(path: Path, name: str, fields: object) -> ExpertCard:
 def read_rows(folder: Path, cards: Sequence[ExpertCard] | None = None) -> Iterator[ObservedQuery]:
     """Stream the rows of a table, each checked. Raises `ObservationError`, which names file, line and field.
 
-    Ids are checked across rows, so that one integer per row stays in memory.
+    Ids are checked across rows: they, with their lines and splits, are all that stays in memory.
     """
     path = observations_file(folder)
     names = {card.name for card in (read_cards(folder) if cards is None else cards)}
@@ -136,15 +139,24 @@ def _json_rows(path: Path) -> Iterator[tuple[int, object]]:
             for line, text in enumerate(file, start=1):
                 if text.strip():
                     yield line, _json(path, line, text)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ObservationError(f"{path}:{line + 1}: cannot be read: {error}") from error
 
 
 def _json(path: Path, line: int, text: bytes) -> object:
     try:
-        return json.loads(text)
-    except ValueError as error:
+        return json.loads(text, object_pairs_hook=_once)
+    except (ValueError, RecursionError) as error:
         raise ObservationError(f"{path}:{line}: is not one JSON object: {error}") from error
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object's fields. Raises `ValueError` where one stands twice: the last would win unseen."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        twice = next(name for name, _ in pairs if [key for key, _ in pairs].count(name) > 1)
+        raise ValueError(f"field {twice!r} stands twice")
+    return fields
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
@@ -155,20 +167,28 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, object]]:
         with pq.ParquetFile(path) as file:
             rows = (row for batch in file.iter_batches(_ROWS_PER_GROUP) for row in batch.to_pylist())
             for line, row in enumerate(rows, start=1):
-                yield line, _without_nulls(row)
+                yield line, _without_nulls(path, line, row)
     except (OSError, pa.ArrowException) as error:
         raise ObservationError(f"{path}: cannot be read as Parquet: {error}") from error
 
 
-def _without_nulls(row: dict[str, Any]) -> dict[str, Any]:
+def _without_nulls(path: Path, line: int, row: dict[str, Any]) -> dict[str, Any]:
     """A Parquet row in the shape of a JSON row."""
     given = {key: value for key, value in row.items() if value is not None}
-    if isinstance(given.get("experts"), list):
-        given["experts"] = {
-            pair.get("expert"): {key: value for key, value in pair.items() if key != "expert" and value is not None}
-            for pair in given["experts"]
-        }
+    pairs = given.get("experts")
+    if not isinstance(pairs, list):
+        return given
+    if not all(isinstance(pair, dict) and isinstance(pair.get("expert"), str) for pair in pairs):
+        raise ObservationError(f"{path}:{line}: field 'experts': must be a list of structs, each with its 'expert'")
+    try:
+        given["experts"] = _once([(pair["expert"], _measured_fields(pair)) for pair in pairs])
+    except ValueError as error:
+        raise ObservationError(f"{path}:{line}: field 'experts': {error}") from error
     return given
+
+
+def _measured_fields(pair: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in pair.items() if key != "expert" and value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +235,10 @@ class _Checker:
         return Observation(query_id=row_id, expert=name, **measured)
 
     def _number(self, at: str, key: str, value: object) -> Any:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < math.inf:
             self._wrong(at, f"must be a finite number, not {value!r}")
+        if value > _LARGEST:
+            self._wrong(at, f"must be below {_LARGEST:.0e}")
         if value < 0:
             self._wrong(at, f"must not be negative, as {value!r} is")
         if key not in _TOKENS:
@@ -279,16 +301,27 @@ def write_table(
         _write_parquet(part, rows)
     else:
         _write_json_lines(part, rows, compress=format == "jsonl.gz")
+    _sync(part)
     write_cards(folder, cards)
-    for suffix in get_args(Format):
-        (folder / f"observations.{suffix}").unlink(missing_ok=True)
     part.replace(target)
+    for suffix in get_args(Format):
+        if suffix != format:
+            (folder / f"observations.{suffix}").unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's bytes are on the disk."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def write_cards(folder: Path, cards: Sequence[ExpertCard]) -> None:
     """Write `experts.json`."""
     fields = {card.name: card.model_dump(mode="json", exclude={"name"}, exclude_defaults=True) for card in cards}
-    (folder / "experts.json").write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    part = folder / "experts.json.part"
+    part.write_text(json.dumps(fields, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    _sync(part)
+    part.replace(folder / "experts.json")
 
 
 def row_to_json(row: ObservedQuery) -> str:

@@ -32,6 +32,7 @@ def _object(report: Report, evaluation: Evaluation, references: Json) -> Json:
         "router": evaluation.router,
         "seeds": list(evaluation.seeds),
         "test_queries": report.queries,
+        "compared_queries": report.compared,
         "experts": list(report.cards),
         **_figures(evaluation),
         "decision_ms_p50": _bounds(evaluation.decision_ms.get("p50")),
@@ -94,6 +95,7 @@ def figure_png(report: Report, *, title: str) -> bytes:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
+    frontiers = [one.frontier for one in (*report.evaluations, *report.references)]
     axes = figure.add_subplot()
     for evaluation in report.evaluations:
         cost, quality = evaluation.frontier.hulls[0]
@@ -102,7 +104,8 @@ def figure_png(report: Report, *, title: str) -> bytes:
     for reference in report.references:
         cost, quality = reference.frontier.hulls[0]
         axes.plot(1000 * cost, quality, _REFERENCE_STYLE[reference.router], color="0.4", label=reference.router)
-    axes.set(xscale="log", xlabel="USD per 1000 queries", ylabel="mean quality", title=title)
+    is_free = any(frontier.hulls[0][0][0] <= 0 for frontier in frontiers)  # which a logarithm cannot show
+    axes.set(xscale="linear" if is_free else "log", xlabel="USD per 1000 queries", ylabel="mean quality", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     png = io.BytesIO()
@@ -113,7 +116,7 @@ def figure_png(report: Report, *, title: str) -> bytes:
 def _band(evaluation: Evaluation) -> tuple[Floats, Floats, Floats]:
     """Cost per 1000 and the 95% interval of the hull's quality there."""
     costs = evaluation.frontier.hulls[0][0]
-    grid = np.geomspace(costs[0], costs[-1], 60)
+    grid = (np.geomspace if costs[0] > 0 else np.linspace)(costs[0], costs[-1], 60)
     heights = np.array([np.interp(grid, *hull) for hull in evaluation.frontier.hulls])
     low, high = np.percentile(heights, [2.5, 97.5], axis=0)
     return 1000 * grid, low, high

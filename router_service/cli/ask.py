@@ -21,13 +21,14 @@ _MAY_WORK_LATER = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 
 
 class ServiceAsk:
-    """Asks through `client`, whose base URL is the service's. Greedy unless `temperature` says otherwise."""
+    """Asks through `client`, whose base URL is the service's."""
 
-    def __init__(self, client: httpx.AsyncClient, *, temperature: float = 0.0) -> None:
+    def __init__(self, client: httpx.AsyncClient) -> None:
         self._client = client
-        self._temperature = temperature
 
-    async def __call__(self, card: ExpertCard, messages: Sequence[Mapping[str, str]], max_tokens: int) -> Reply:
+    async def __call__(
+        self, card: ExpertCard, messages: Sequence[Mapping[str, str]], max_tokens: int, temperature: float
+    ) -> Reply:
         """The expert's whole answer. Raises `AskError`, or `CollectError` where the service is gone or refuses us."""
         import httpx
 
@@ -35,7 +36,7 @@ class ServiceAsk:
             "model": card.name,
             "messages": messages,
             "max_tokens": max_tokens,
-            "temperature": self._temperature,
+            "temperature": temperature,
             **({"logprobs": True} if "logprobs" in card.features else {}),
         }
         at, started = time.time(), time.perf_counter()
@@ -104,6 +105,8 @@ def _read(response: httpx.Response) -> tuple[str, Usage, float | None]:
             output_tokens=int(tokens["completion_tokens"]),
             cached_input_tokens=int(details.get("cached_tokens") or 0),
         )
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        if min(usage.input_tokens, usage.output_tokens, usage.cached_input_tokens) < 0:
+            raise ValueError("negative usage")
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise AskError(f"the answer has no text or no usage: {response.text[:200]}", billed=True) from error
     return str(text), usage, math.exp(sum(logprobs) / len(logprobs)) if logprobs else None

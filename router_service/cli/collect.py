@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _Out = Annotated[Path, typer.Option("--out", file_okay=False, help="Folder that the table goes to.")]
 _TestShare = Annotated[
-    float, typer.Option(min=0, max=1, help="Share of rows that become test rows, by a hash of their id.")
+    float, typer.Option(min=0, max=1, help="Share of rows that become test rows, by a hash of their text.")
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")]
 
@@ -39,7 +39,8 @@ def collect(
     ] = "exact",
     judge: Annotated[str | None, typer.Option(help="The expert that grades, for the grader judge.")] = None,
     max_cost: Annotated[
-        float | None, typer.Option(min=0, help="Ceiling in USD over all runs into --out. Never exceeded.")
+        float | None,
+        typer.Option(min=0, help="Ceiling in USD over all runs into --out: no call is made that may pass it."),
     ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Output tokens of one answer at most.")] = 1024,
     temperature: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
@@ -74,16 +75,17 @@ def collect(
         grader=grader,
         judge=_named(known, judge) if judge else None,
         max_tokens=max_tokens,
+        temperature=temperature,
         max_cost_usd=max_cost,
         concurrency=concurrency,
     )
-    collected = asyncio.run(_run(plan, url, out_folder, temperature, timeout_s))
+    collected = asyncio.run(_run(plan, url, out_folder, timeout_s))
     if collected.graded:
         write_table(out_folder, plan.cards, table_rows(collected.graded, _routed_text, test_share))
     _report(collected, plan, out_folder, as_json)
 
 
-async def _run(plan: Plan, url: str | None, folder: Path, temperature: float, timeout_s: float) -> Collected:
+async def _run(plan: Plan, url: str | None, folder: Path, timeout_s: float) -> Collected:
     import httpx
 
     from router_service.cli.ask import ServiceAsk
@@ -98,7 +100,7 @@ async def _run(plan: Plan, url: str | None, folder: Path, temperature: float, ti
             on_step(f"collect: {collected.spent_usd:.4f} USD", collected.done, collected.total)
 
         async with httpx.AsyncClient(**client_options(url), limits=limits, timeout=timeout) as client:
-            return await run(plan, ServiceAsk(client, temperature=temperature), journal, on_progress)
+            return await run(plan, ServiceAsk(client), journal, on_progress)
 
 
 def _cards(url: str | None) -> dict[str, ExpertCard]:

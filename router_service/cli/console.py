@@ -21,5 +21,5 @@ class CommandError(Exception):
 
 
 def write_json(value: Any) -> None:
-    """One JSON document on stdout, for programs: no colour, no wrapping."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=False, indent=2) + "\n")
+    """One JSON document on stdout, for programs: no colour, no wrapping. Raises `ValueError` for NaN and infinity."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=False, allow_nan=False, indent=2) + "\n")

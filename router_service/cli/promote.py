@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from router_service.cli.client import Url, connect
+from router_service.cli.client import Url, checked, connect
 from router_service.cli.console import CommandError, out
 
 if TYPE_CHECKING:
@@ -82,7 +82,10 @@ def _wait(url: str | None, router: str, promotion: dict[str, Any], before: str, 
 def _status(url: str | None) -> dict[str, Any]:
     """What `/readyz` says, whether ready or not; over a new connection, so that any replica may answer."""
     with connect(url) as client:
-        status: dict[str, Any] = client.get("/readyz").json()
+        answer = client.get("/readyz")
+        status: dict[str, Any] = answer.json() if answer.status_code == 503 else checked(answer)  # 503: not ready yet
+    if "routers" not in status:
+        raise CommandError(f"{answer.url} is not a routing service's: {answer.text[:200]}")
     return status
 
 

@@ -7,6 +7,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ class FakeFleet:
         self.at_once = 0
         self.most_at_once = 0
 
-    async def __call__(self, card: ExpertCard, messages: Messages, max_tokens: int) -> Reply:
+    async def __call__(self, card: ExpertCard, messages: Messages, max_tokens: int, temperature: float) -> Reply:
         question = messages[-1]["content"]
         self.calls[card.name, question] += 1
         self.at_once += 1
@@ -65,10 +66,10 @@ class FlakyFleet(FakeFleet):
         super().__init__()
         self.errors = errors
 
-    async def __call__(self, card: ExpertCard, messages: Messages, max_tokens: int) -> Reply:
+    async def __call__(self, card: ExpertCard, messages: Messages, max_tokens: int, temperature: float) -> Reply:
         if self.errors:
             raise self.errors.pop(0)
-        return await super().__call__(card, messages, max_tokens)
+        return await super().__call__(card, messages, max_tokens, temperature)
 
 
 def plan(**changes: object) -> Plan:
@@ -195,7 +196,7 @@ class Gambler(FakeFleet):
         super().__init__()
         self.draw = draw
 
-    async def __call__(self, card: ExpertCard, messages: Messages, max_tokens: int) -> Reply:
+    async def __call__(self, card: ExpertCard, messages: Messages, max_tokens: int, temperature: float) -> Reply:
         for _ in range(self.draw.randrange(4)):
             await asyncio.sleep(0)
         cost = cost_bound(card, messages, max_tokens) * self.draw.choice([0, 0.1, 1])
@@ -235,6 +236,34 @@ def test_the_ceiling_is_never_exceeded(
     assert collected.done == collected.total
     assert gambler.spent_usd <= one.max_cost_usd * (1 + 1e-9)
     assert gambler.spent_usd <= collected.spent_usd * (1 + 1e-9)
+
+
+class Overbiller(FakeFleet):
+    """Bills for a thousand times what was asked for, and answers with half a surrogate pair."""
+
+    def reply(self, card: ExpertCard, text: str) -> Reply:
+        return replace(super().reply(card, "\ud83d"), output_tokens=10_000_000, cost_usd=10.0)
+
+
+async def test_an_expert_that_bills_beyond_its_bound_ends_a_run_with_a_ceiling(journal_path: Path) -> None:
+    with pytest.raises(CollectError, match="'cheap' billed 10000000 output tokens"):
+        await run(plan(cards=[CHEAP], max_cost_usd=1.0, concurrency=1), Overbiller(), journal_path)
+    with Journal(journal_path) as journal:
+        assert journal.spent_usd == 10.0
+        assert [reply.text for reply in journal.replies.values()] == ["\ud83d"]  # what was paid for is kept
+
+
+@pytest.mark.parametrize("ceiling", [float("nan"), float("inf"), -1.0])
+def test_a_ceiling_that_bounds_nothing_is_refused(ceiling: float) -> None:
+    with pytest.raises(CollectError, match="ceiling must be a finite number"):
+        plan(max_cost_usd=ceiling)
+
+
+async def test_another_temperature_is_another_call(journal_path: Path) -> None:
+    fleet = FakeFleet()
+    await run(plan(), fleet, journal_path)
+    await run(plan(temperature=0.7), fleet, journal_path)
+    assert set(fleet.calls.values()) == {2}
 
 
 @given(st.text(min_size=1), st.sampled_from([CHEAP, DEAR]), st.integers(1, 4096))
@@ -303,6 +332,12 @@ def test_bad_prompts_are_refused(tmp_path: Path, lines: list[str], message: str)
 def test_a_file_that_is_not_there_is_an_error_of_ours(tmp_path: Path) -> None:
     with pytest.raises(CollectError, match="cannot read prompts"):
         read_prompts(tmp_path / "none.jsonl")
+
+
+def test_a_text_may_hold_any_line_separator_but_the_files_own(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"id": "1", "query": "a\u2028b\u0085c"}\n{"id": "2", "query": "d"}\n', encoding="utf-8")
+    assert [prompt.query for prompt in read_prompts(path)] == ["a\u2028b\u0085c", "d"]
 
 
 def test_the_split_stays_and_is_about_its_share() -> None:

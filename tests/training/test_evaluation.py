@@ -20,7 +20,7 @@ from training import report as reports
 from training.evaluation import Bench, Report, evaluate
 from training.left_out import left_out
 from training.observations import ObservedQuery, Table, load_table, write_table
-from training.report import to_json
+from training.report import to_json, write_plot
 from training.results import with_tables
 
 CARDS = [
@@ -146,6 +146,30 @@ def test_missing_pairs_are_never_chosen(table: Table) -> None:
     (found,) = evaluate(partial, ["best"], resamples=10).evaluations
     assert np.isfinite(found.figures["quality"]).all()
     assert np.isfinite(found.figures["aiq"]).all()
+
+
+def test_routers_meet_the_best_expert_where_it_was_observed(table: Table) -> None:
+    """The dear expert is best on train; on test it was asked only where it is right, the cheap ones everywhere."""
+    test = table.test
+    where = test.quality[:, 2] == 1
+    quality, cost = (np.where(where[:, None] | [True, True, False], v, np.nan) for v in (test.quality, test.cost_usd))
+    partial = replace(table, test=replace(test, quality=quality.astype("f4"), cost_usd=cost.astype("f4")))
+    found = evaluate(partial, ["best"], resamples=10)
+    assert found.compared == where.sum() < found.queries
+    (best,) = found.evaluations
+    assert best.figures["gain"] == pytest.approx(0)  # nobody does better there than the best itself
+    oracle = {one.router: one for one in found.references}["oracle"]
+    assert oracle.figures["gain"] == pytest.approx(0)
+    assert np.isnan(oracle.figures["gap_closed"]).all()
+    json.dumps(to_json(found), allow_nan=False)
+
+
+def test_the_plot_shows_experts_that_cost_nothing(table: Table, tmp_path: Path) -> None:
+    cost = table.test.cost_usd.copy()
+    cost[:, 0] = 0
+    free = replace(table, test=replace(table.test, cost_usd=cost))
+    write_plot(evaluate(free, ["best", "random"], resamples=5), tmp_path / "plot.png", title="free")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_cannot_be_measured_is_refused(table: Table) -> None:

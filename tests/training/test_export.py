@@ -36,6 +36,12 @@ def test_a_rated_answer_becomes_a_row() -> None:
     assert not exported.left_out
 
 
+def test_a_question_asked_again_stays_in_its_split() -> None:
+    entries = [entry(f"x{i}", text="what is the time?") for i in range(30)]
+    exported = Export(entries, {(f"x{i}", "me"): 1.0 for i in range(30)}, {"a"}, test_share=0.5)
+    assert len({row.split for row in exported.rows}) == 1
+
+
 def test_the_expert_that_answered_after_another_failed_gets_the_rating() -> None:
     exported = Export(
         [entry("x", calls=[call("a", "down"), call("b")])], {("x", "me"): 1.0}, {"a", "b"}, test_share=1.0

@@ -73,8 +73,13 @@ class Running:
 
     def __exit__(self, *_: object) -> None:
         self._process.terminate()
-        self._process.wait(60)
-        self._said.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            raise
+        finally:
+            self._said.close()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition`, which may fail to connect until then."""

@@ -71,6 +71,8 @@ def test_pgr_runs_from_the_weak_to_the_strong_expert() -> None:
     alike = metrics.pair_curve(floats(1, 1, 1, 1), weak, strong, draws)
     assert alike.apgr() == pytest.approx(0.5)
     assert alike.cpt(0.8) == pytest.approx(0.8)
+    no_gap = metrics.pair_curve(floats(4, 3, 2, 1), strong, weak, draws)
+    assert np.isnan(no_gap.cpt(0.5)).all()
 
 
 def test_rewards_scale_costs_over_train_and_choose_by_estimate() -> None:
@@ -102,6 +104,8 @@ def test_means_pass_over_what_is_unknown() -> None:
 
 
 def test_a_figure_that_does_not_exist_has_no_interval() -> None:
+    assert Interval.of(np.array([-np.inf, 1.0, 2.0])) is None
+    assert Interval.of(np.array([1.0, -np.inf, 1.0])) == Interval(1.0, 1.0, 1.0)
     assert Interval.of(np.array([np.nan, 1.0])) is None
     assert Interval.of(np.array([2.0, np.nan])) == Interval(2.0, 2.0, 2.0)
     assert metrics.bootstrap(5, seed=1).tolist() == metrics.bootstrap(5, seed=1).tolist()

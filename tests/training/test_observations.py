@@ -124,6 +124,10 @@ def test_rows_stream_before_the_file_ends(tmp_path: Path) -> None:
         ({"id": "1", "split": "train", "experts": {}}, "'query': is missing|'experts': must"),
         ([1], "must be an object, not list"),
         ("{", "is not one JSON object"),
+        (with_pair(cost_usd=1e300), r"'experts\.a\.cost_usd': must be below 1e\+30"),
+        (with_pair(cost_usd=10**400), r"'experts\.a\.cost_usd': must be below 1e\+30"),
+        ('{"id": "1", "id": "2"}', "field 'id' stands twice"),
+        ("[" * 100_000, "is not one JSON object"),
     ],
 )
 def test_a_wrong_row_is_refused_by_file_line_and_field(tmp_path: Path, wrong: object, says: str) -> None:
@@ -140,6 +144,26 @@ def test_an_id_stands_once(tmp_path: Path, split: str, how: str) -> None:
 def test_wrong_parquet_rows_are_refused_too(tmp_path: Path) -> None:
     write_table(tmp_path, CARDS, [ROWS[0], ROWS[0]], format="parquet")
     with pytest.raises(ObservationError, match=r"observations\.parquet:2: field 'id': 'a' stands twice"):
+        load_table(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("experts", "says"),
+    [
+        (["a"], "must be a list of structs"),
+        ([None], "must be a list of structs"),
+        ([{"expert": None, "quality": 1.0, "cost_usd": 0.0}], "must be a list of structs"),
+        ([{"expert": "a", "quality": q, "cost_usd": 0.0} for q in (1.0, 0.0)], "field 'a' stands twice"),
+    ],
+)
+def test_parquet_of_another_shape_is_refused(tmp_path: Path, experts: list[Any], says: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    write_table(tmp_path, CARDS, ROWS[:1], format="parquet")
+    one = {"id": "x", "task": "", "query": "?", "split": "train", "experts": experts}
+    pq.write_table(pa.Table.from_pylist([one]), tmp_path / "observations.parquet")
+    with pytest.raises(ObservationError, match=rf"observations\.parquet:1: field 'experts': .*{says}"):
         load_table(tmp_path)
 
 

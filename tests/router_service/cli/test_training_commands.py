@@ -113,14 +113,14 @@ async def test_what_the_service_answers_is_told_apart(redis_server: RedisProcess
         async with httpx.AsyncClient(base_url=running.url, headers={"authorization": "Bearer secret"}) as client:
             ask = ServiceAsk(client)
             with pytest.raises(AskError, match="took too long") as timed_out:
-                await ask(card("slow"), messages, 5)
+                await ask(card("slow"), messages, 5, 0.0)
             with pytest.raises(AskError, match="no such parameter") as refused:
-                await ask(card("broken"), messages, 5)
+                await ask(card("broken"), messages, 5, 0.0)
         with pytest.raises(CollectError, match="refuses us, status 401"):
-            await ServiceAsk(running.client)(card("slow"), messages, 5)
+            await ServiceAsk(running.client)(card("slow"), messages, 5, 0.0)
     async with httpx.AsyncClient(base_url=running.url) as client:
         with pytest.raises(CollectError, match="no service answers"):
-            await ServiceAsk(client)(card("slow"), messages, 5)
+            await ServiceAsk(client)(card("slow"), messages, 5, 0.0)
     assert (timed_out.value.retryable, timed_out.value.billed) == (True, True)
     assert (refused.value.retryable, refused.value.billed) == (False, False)
 
