@@ -103,7 +103,8 @@ class GliderRouter(FittedRouter[GliderConfig]):
         mean = np.where(known, others, 0).sum(1) / np.maximum(known.sum(1), 1)
         above = np.nan_to_num(quality[:, expert], nan=0.0) - mean
         ranked = order[np.argsort(-above[order], kind="stable")]
-        return ranked[above[ranked] > 0][: self.config.examples]
+        found: npt.NDArray[np.intp] = ranked[above[ranked] > 0][: self.config.examples]
+        return found
 
     def _take(self, examples: FloatArray, counts: npt.NDArray[np.int64]) -> None:
         """Examples [K, N, D], of which each expert's first `counts` [K] are some."""

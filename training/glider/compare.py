@@ -70,11 +70,25 @@ class Asked:
 class World(Protocol):
     """Tasks, a base and adapters for some of the tasks."""
 
-    name: str
-    base: Path
-    adapters: Path
-    held_in: Sequence[str]
-    held_out: Sequence[str]
+    @property
+    def name(self) -> str:
+        """Its name in the results."""
+
+    @property
+    def base(self) -> Path:
+        """The base model's folder."""
+
+    @property
+    def adapters(self) -> Path:
+        """An adapter for each held-in task, in a folder of the task's name."""
+
+    @property
+    def held_in(self) -> Sequence[str]:
+        """Tasks with an adapter in the mixture."""
+
+    @property
+    def held_out(self) -> Sequence[str]:
+        """Tasks without one."""
 
     def instruction(self, task: str) -> str:
         """What the task's expert is for, in a sentence."""
@@ -246,7 +260,7 @@ class Comparison:
         for start in range(0, len(self.questions), _ROWS):
             part = self.questions[start : start + _ROWS]
             with mixture.requests(wishes[start : start + _ROWS]):
-                told = respond(mixture.model, self.tokenizer, [asked.query for asked in part])  # type: ignore[arg-type]
+                told = respond(mixture.model, self.tokenizer, [asked.query for asked in part])
             right += [self.world.right(asked, reply.text) for asked, reply in zip(part, told, strict=True)]
         return right
 

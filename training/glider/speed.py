@@ -38,7 +38,7 @@ def measure(experts: int, rows: int) -> dict[str, Any]:
     mixture = install_mixture(mixed, _adapters(mixed, experts), "glider")
     generator = torch.Generator().manual_seed(0)
     for gate in mixture.gates.values():
-        gate.vectors.data.normal_(generator=generator)
+        torch.nn.init.normal_(gate.get_parameter("vectors"), generator=generator)
     scores = glider_bias(torch.rand(rows, experts, generator=generator)).tolist()
     wishes = {
         "own adapter": [RequestMixture.only(mixture.adapters[row % experts]) for row in range(rows)],
