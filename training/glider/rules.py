@@ -17,7 +17,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -33,15 +33,20 @@ from training.pocket.train import Checkpoint, Pairs, Recipe, run_loop
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-HELD_IN = ("letters_list", "first_word_letter", "sum", "singular_to_plural", "negation", "active_to_passive")
-HELD_OUT = ("second_word_letter", "diff", "taxonomy_animal", "antonyms")
+HELD_IN = (
+    "letters_list",
+    "first_word_letter",
+    "singular_to_plural",
+    "negation",
+    "active_to_passive",
+    "taxonomy_animal",
+)
+HELD_OUT = ("second_word_letter", "antonyms", "sum", "diff")
 SHAPE = {"hidden_size": 144, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6}
 BASE = Recipe(steps=600, examples=80, lr=3e-3, lessons=0.5, checkpoint_every=50)
 RANK = 8
-ADAPTER = Recipe(steps=160, examples=40, lr=4e-3, warmup=15, weight_decay=0.0, checkpoint_every=50)
-MULTI_TASK = Recipe(
-    ADAPTER.steps * len(HELD_IN), ADAPTER.examples, lr=4e-3, warmup=15, weight_decay=0.0, checkpoint_every=100
-)
+ADAPTER = Recipe(steps=100, examples=40, lr=1.5e-3, warmup=15, weight_decay=0.0, checkpoint_every=25)
+MULTI_TASK = replace(ADAPTER, steps=ADAPTER.steps * len(HELD_IN), checkpoint_every=100)
 _RARE = 8  # words of the train inputs that are no rarer are tokens of their own
 _MOST_LETTERS = 64  # of an input
 
