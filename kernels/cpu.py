@@ -1,4 +1,4 @@
-"""CPU backend: `cpu_mixed.cpp`, compiled on first use and kept in a cache folder.
+"""CPU backend: `cpu_mixed.cpp`, compiled with `cpu_route.cpp` on first use and kept in a cache folder.
 
 It has a plain C interface, so that it builds in seconds, whatever torch's build. `ROUTER_KERNELS_CACHE` names the
 folder (default `~/.cache/router-service/kernels`), `CXX` the compiler. Where none is found, `library` says so once and
@@ -25,7 +25,7 @@ from kernels.mixture import Gradients, Mixture, Wanted, check_mixture
 
 logger = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("cpu_mixed.cpp")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_mixed.cpp", "cpu_route.cpp"))
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-Wno-psabi")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTERS = ("x", "A", "B", "base", "offsets", "scales", "indices", "weights", "widths")
@@ -76,7 +76,7 @@ def _built(compiler: str) -> Path:
 
 
 def _compile(compiler: str, output: Path) -> None:
-    command = [compiler, *_FLAGS, str(_SOURCE), "-o", str(output)]
+    command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o", str(output)]
     try:
         _run([*command, "-fopenmp"])
     except subprocess.CalledProcessError:  # a compiler without OpenMP: one thread
@@ -93,7 +93,13 @@ def _fingerprint(compiler: str) -> str:
     flags = (
         next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
     )
-    parts = (_SOURCE.read_text(), *_FLAGS, _run([compiler, "--version"]), platform.machine(), flags)
+    parts = (
+        *(source.read_text() for source in _SOURCES),
+        *_FLAGS,
+        _run([compiler, "--version"]),
+        platform.machine(),
+        flags,
+    )
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -129,7 +129,7 @@ void add_rows(float* const* y, const T* const* m, const float* factor, int64_t f
 template <int NY, class T>
 void add_all_rows(float* const* y, const T* const* m, const float* factor, int64_t factor_stride, int64_t rows,
                   int64_t n) {
-  constexpr int kBlock = NY == 1 ? 8 : 4;
+  constexpr int kBlock = 8;
   int64_t j = 0;
   for (; j + kBlock <= rows; j += kBlock) add_rows<NY, kBlock>(y, m + j, factor + j, factor_stride, n);
   for (; j < rows; ++j) add_rows<NY, 1>(y, m + j, factor + j, factor_stride, n);

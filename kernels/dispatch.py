@@ -8,6 +8,7 @@ import os
 from typing import Literal, cast, get_args
 
 import torch
+from torch import Tensor
 
 from kernels import cpu, grouped
 from kernels.errors import BackendError
@@ -38,8 +39,29 @@ def choose(m: Mixture, asked: Backend | None, *, gradients: bool) -> Backend:
     """The backend for a forward pass, or (`gradients`) for a backward pass, which the dense product does not have."""
     chosen = asked if asked is not None and not (gradients and asked == "stacked") else _fastest(m, gradients)
     _check(chosen, m)
-    _log(chosen, m.x.device.type, m.x.dtype, gradients, asked is not None)
+    _log("gradients" if gradients else "outputs", chosen, m.x.device.type, m.x.dtype, asked is not None)
     return chosen
+
+
+def choose_route(logits: Tensor) -> Backend:
+    """The backend of a decision: as it is forced where there is such a one, else by device; `loop` is plain tensors."""
+    asked, device = forced(None), logits.device.type
+    chosen: Backend = "loop"
+    if asked != "loop" and device == "cuda" and _triton_found():
+        chosen = "triton"
+    elif asked != "loop" and device == "cpu" and cpu.library() is not None:
+        chosen = "cpp"
+    _log("decisions", chosen, device, logits.dtype, asked == chosen)
+    return chosen
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether nothing traces or fakes a call with `x`: then an operator's way through torch's dispatcher, which costs
+    more than a small mixture itself, is left out."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor:
+        return False
+    modes = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack()
+    return not modes
 
 
 def _fastest(m: Mixture, gradients: bool) -> Backend:
@@ -90,8 +112,6 @@ def _interpreted() -> bool:
 
 
 @functools.cache
-def _log(backend: str, device: str, dtype: torch.dtype, gradients: bool, was_forced: bool) -> None:
+def _log(what: str, backend: str, device: str, dtype: torch.dtype, was_forced: bool) -> None:
     way = "forced" if was_forced else "chosen by shape"
-    logger.info(
-        "%s of LoRA mixtures on %s in %s: %s (%s)", "gradients" if gradients else "outputs", device, dtype, backend, way
-    )
+    logger.info("%s of LoRA mixtures on %s in %s: %s (%s)", what, device, dtype, backend, way)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @triton.jit
 def _route(
-    logits, bias, indices, weights, experts, k,
+    logits, bias, indices, weights, scores, experts, k,
     HAS_BIAS: tl.constexpr, SIGMOID: tl.constexpr, RENORMALISE: tl.constexpr,
     BLOCK_E: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
@@ -25,6 +25,7 @@ def _route(
         score = tl.where(allowed, 1.0 / (1.0 + tl.exp(-row)), 0.0)
     else:
         score = powers / tl.maximum(tl.sum(powers), 1e-37)
+    tl.store(scores + t * experts + expert, score, mask=expert < experts)
     key = row
     if HAS_BIAS:
         key = tl.where(allowed, score + tl.load(bias + expert, mask=expert < experts, other=0.0), -float("inf"))
@@ -43,15 +44,18 @@ def _route(
     tl.store(weights + t * k + slot, weight, mask=slot < k)
 
 
-def route(logits: Tensor, bias: Tensor | None, k: int, score: str, renormalise: bool) -> tuple[Tensor, Tensor]:
+def route(logits: Tensor, bias: Tensor | None, k: int, score: str, renormalise: bool) -> tuple[Tensor, Tensor, Tensor]:
     """See `kernels.route`."""
     tokens, experts = logits.shape
     indices = logits.new_empty((tokens, k), dtype=torch.int32)
     weights = logits.new_empty((tokens, k))
     logits = logits.contiguous()
+    scores = torch.empty_like(logits)
+    if tokens == 0:
+        return indices, weights, scores
     _route[(tokens,)](
-        logits, logits if bias is None else bias.contiguous(), indices, weights, experts, k,
+        logits, logits if bias is None else bias.contiguous(), indices, weights, scores, experts, k,
         HAS_BIAS=bias is not None, SIGMOID=score == "sigmoid", RENORMALISE=renormalise,
         BLOCK_E=triton.next_power_of_2(experts), SLOTS=triton.next_power_of_2(k),
     )  # fmt: skip
-    return indices, weights
+    return indices, weights, scores

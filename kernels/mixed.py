@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from kernels import dispatch
 from kernels.errors import MixtureError
@@ -45,7 +46,9 @@ def mixed_lora(
     _check_shapes(x, stack, indices, weights, base)
     tensors = (x, stack.A, stack.B, weights)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    run = _mixed_lora if save or not _is_plain(x) else _forward
+    run: Any = _mixed_lora
+    if dispatch.is_plain(x):
+        run = _MixedLora.apply if save or _wants_gradient(base) else _forward
     y, _ = run(
         x,
         stack.A,
@@ -61,6 +64,10 @@ def mixed_lora(
         save,
     )
     return y
+
+
+def _wants_gradient(base: Tensor | None) -> bool:
+    return base is not None and base.requires_grad and torch.is_grad_enabled()
 
 
 def _check_shapes(x: Tensor, stack: AdapterStack, indices: Tensor, weights: Tensor, base: Tensor | None) -> None:
@@ -84,15 +91,6 @@ def _check_shapes(x: Tensor, stack: AdapterStack, indices: Tensor, weights: Tens
     others = (stack.A, indices, weights) if base is None else (stack.A, indices, weights, base)
     if any(t.device != x.device for t in others):
         raise MixtureError(f"all tensors must be on {x.device}, got {[str(t.device) for t in others]!r}")
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether nothing traces or fakes this call: then the operator's way through torch's dispatcher,
-    which costs more than a small mixture itself, is left out."""
-    if torch.compiler.is_compiling() or type(x) is not Tensor:
-        return False
-    modes = torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack()
-    return not modes
 
 
 def _forward(
@@ -142,8 +140,7 @@ def _(
     return x.new_empty(x.shape[0], B.shape[1]), m.empty_hidden() if save else x.new_empty(0)
 
 
-@torch.library.custom_op("router_kernels::mixed_lora_backward", mutates_args=())
-def _mixed_lora_backward(
+def _gradients(
     dy: Tensor,
     h: Tensor,
     x: Tensor,
@@ -166,6 +163,9 @@ def _mixed_lora_backward(
         grads = _backend(chosen).backward(m, dy, h, Wanted(*wanted))
     dx, dA, dB, dw = (x.new_empty(0) if g is None or not w else g for g, w in zip(grads, wanted, strict=True))
     return dx, dA, dB, dw
+
+
+_mixed_lora_backward = torch.library.custom_op("router_kernels::mixed_lora_backward", _gradients, mutates_args=())
 
 
 @_mixed_lora_backward.register_fake
@@ -204,12 +204,25 @@ def _backward(ctx: Any, dy: Tensor | None, _dh: Tensor | None) -> tuple[Tensor |
     wanted = [needs[0], needs[1], needs[2], needs[6]]
     dx = dA = dB = dw = None
     if any(wanted):
-        grads = _mixed_lora_backward(dy, *ctx.saved_tensors, *ctx.shape, wanted)
+        run: Any = _gradients if dispatch.is_plain(dy) else _mixed_lora_backward
+        grads = run(dy, *ctx.saved_tensors, *ctx.shape, wanted)
         dx, dA, dB, dw = (g if w else None for g, w in zip(grads, wanted, strict=True))
     return dx, dA, dB, None, None, None, dw, dy if needs[7] else None, None, None, None, None
 
 
 _mixed_lora.register_autograd(_backward, setup_context=_setup)
+
+
+class _MixedLora(torch.autograd.Function):
+    """The operator without its way through torch's dispatcher, which costs more than a small mixture."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        output = _forward(*inputs)
+        _setup(ctx, inputs, output)
+        return output
+
+    backward: Any = staticmethod(once_differentiable(_backward))
 
 
 def _backend(name: str) -> Any:

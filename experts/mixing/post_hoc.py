@@ -55,7 +55,9 @@ class MoleGate(Gate):
         A, B = self._matrices
         hidden = (x.to(A.dtype) @ A[0].T).float()  # [T, R]
         square = ((hidden @ self.gram) * hidden).sum(1, keepdim=True)
-        pulled = torch.einsum("ro,rof->rf", B.float() * self.scale_of_row, self.weight.float()[self.expert_of_row])
+        pulled = torch.einsum(
+            "ro,rof->rf", B.float() * self.scale_of_row, self.weight.float().index_select(0, self.expert_of_row)
+        )
         logits = (hidden * (square + 1e-12).rsqrt()) @ pulled / math.sqrt(self.gram.shape[0])
         return logits / self.log_temperature.exp()
 

@@ -54,8 +54,7 @@ class SmoraGate(RankGate):
 
     def choose(self, x: Tensor, h: Tensor) -> Routing:
         logits = x.float() @ self.weight.float().T
-        indices, weights = route(logits, self.k, bias=self.bias, score="sigmoid")
-        scores = logits.sigmoid()
+        indices, weights, scores = route(logits, self.k, bias=self.bias, score="sigmoid")
         # The stack's scale is alpha / R: times R / k, and the weights' own k.
         return Routing(indices, weights * self.ranks, scores / scores.sum(1, keepdim=True))
 

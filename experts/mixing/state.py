@@ -116,6 +116,8 @@ class MixingState:
             if self._request_of_token.shape[0] != tokens:
                 raise MixingError(f"request_of_token names {self._request_of_token.shape[0]} tokens, not {tokens}")
             return rows[self._request_of_token]
+        if tokens == self.requests:
+            return rows
         if tokens % self.requests:
             raise MixingError(f"{tokens} tokens are no batch of {self.requests} rows: give request_of_token")
         return rows.repeat_interleave(tokens // self.requests, 0)

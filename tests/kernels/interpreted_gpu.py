@@ -60,3 +60,12 @@ def test_routes_as_the_formula(score: str, biased: bool, renormalise: bool) -> N
     expected = route_reference(logits, bias, 3, score, renormalise)
     assert torch.equal(found[0], expected[0])
     assert torch.allclose(found[1], expected[1], atol=1e-6)
+    assert torch.allclose(found[2], expected[2], atol=1e-6)
+
+
+def test_routes_to_all_in_order() -> None:
+    logits = torch.randn(4, 11)
+    logits[0, 2:], logits[1], logits[2, 3:] = -torch.inf, -torch.inf, 0.5
+    found, expected = route(logits, None, 11, "softmax", False), route_reference(logits, None, 11, "softmax", False)
+    assert torch.equal(found[0], expected[0])
+    assert torch.allclose(found[1], expected[1], atol=1e-6)

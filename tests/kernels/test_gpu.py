@@ -16,7 +16,7 @@ from kernels import gpu, gpu_route
 
 POINTERS = {
     "x": "*bf16", "matrix": "*bf16", "base": "*bf16", "y": "*bf16", "grad": "*bf16",
-    "hidden": "*fp32", "scales": "*fp32", "weights": "*fp32", "logits": "*fp32", "bias": "*fp32",
+    "hidden": "*fp32", "scales": "*fp32", "weights": "*fp32", "logits": "*fp32", "bias": "*fp32", "scores": "*fp32",
     "spans": "*i32", "offsets": "*i32", "segments": "*i32", "indices": "*i32", "order": "*i64",
 }  # fmt: skip
 KERNELS: dict[str, tuple[Any, dict[str, object]]] = {
@@ -48,6 +48,7 @@ def test_compiles_ahead(name: str, architecture: int) -> None:
     assert "atom" not in compiled.asm["ptx"]
 
 
+@pytest.mark.slow
 def test_under_the_interpreter() -> None:
     here = Path(__file__).parent
     result = subprocess.run(

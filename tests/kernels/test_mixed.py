@@ -9,7 +9,7 @@ import torch
 from mixtures import RANKS, TOLERANCES, error, exact, gradients_of, in_float64, random_choice, random_stack
 from torch import Tensor
 
-from kernels import AdapterStack, KernelError, MixtureError, check_mixture, mixed_lora
+from kernels import AdapterStack, KernelError, MixtureError, check_mixture, mixed_lora, route
 
 BACKENDS = ["loop", "cpp", "grouped", "stacked"]
 
@@ -68,6 +68,17 @@ def test_float64_gradients_equal_finite_differences() -> None:
     shapes = [(4, 5), stack.A.shape, stack.B.shape, (4, 2), (4, 6)]
     tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
     assert torch.autograd.gradcheck(call, tensors)
+
+
+def test_second_derivatives_are_refused() -> None:
+    stack = random_stack([4, 4], 16, [16])
+    logits, x = torch.randn(6, 2, requires_grad=True), torch.randn(6, 16, requires_grad=True)
+    indices, weights, _ = route(logits, 2)
+    y = mixed_lora(x, stack, indices, weights.detach())
+    for result, source in ((y, x), (weights, logits)):
+        (gradient,) = torch.autograd.grad(result.square().sum(), source, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            gradient.sum().backward()
 
 
 def test_only_wanted_gradients_are_computed() -> None:

@@ -20,7 +20,9 @@ from typing import Any
 import httpx
 import pytest
 import yaml
+from transformers import AutoModelForCausalLM
 
+from experts.mixing import load_mixture
 from router_service.serve.environment import free_ports
 from tests.experts.embedding.encoders import save_encoder
 from tests.experts.upstream import run_upstream
@@ -30,7 +32,10 @@ from tests.training.tables import CARDS, small_table
 from training.errors import SubmitError
 from training.jobs import job_server
 from training.manifest import Manifest
+from training.mixing.train import read_report
 from training.observations import load_table
+from training.pocket.fleet import FLEET
+from training.pocket.grading import sample
 
 COMMAND = [sys.executable, "-m", "router_service"]
 PATIENCE_S = 900.0
@@ -259,3 +264,27 @@ async def test_the_experts_of_a_glider_mixture_train_side_by_side_in_a_job(
     assert manifest["experts"] == here["experts"]
     for file in ("gate.safetensors", "router/router.safetensors"):
         assert (tmp_path / "job" / file).read_bytes() == (tmp_path / "here" / file).read_bytes()
+
+
+@pytest.mark.slow
+async def test_a_mixture_trains_as_a_job(ray_head: dict[str, str], tmp_path: Path) -> None:
+    lines = ({"query": q.query, "answer": q.answer} for q in sample(0, 8, "one", "train"))
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"base": str(FLEET / "base"), "data": str(tmp_path / "train.jsonl"), "steps": 2, "batch": 4}
+    options |= {"experts": 2, "rank": 4, "targets": ["q_proj"], "device": "cpu"}
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(options))
+    arguments = [
+        "--gate",
+        "mola",
+        "--config",
+        str(tmp_path / "mixture.yaml"),
+        "--out",
+        str(tmp_path / "out"),
+        "--seed",
+        "3",
+    ]
+    report = await train(ray_head, *arguments, "--submit", trainer="mole")
+    assert (report["spec"]["gate"], report["spec"]["seed"], report["examples"]) == ("mola", 3, 8)
+    assert report == read_report(tmp_path / "out")
+    mixture = load_mixture(AutoModelForCausalLM.from_pretrained(FLEET / "base"), tmp_path / "out")
+    assert all(bool(layer.B.any()) for layer in mixture.layers.values())

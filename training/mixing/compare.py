@@ -1,6 +1,7 @@
 """What each gate is worth on the pocket skills: `python -m training.mixing.compare`.
 
 Every method trains by the same number of steps on the same questions of all skills and answers the same held-out ones.
+Its learning rate is that of `RATES` that did best on validation questions, which are neither trained on nor held out.
 Beside the gates stand what they must beat: one LoRA of equal total rank (PEFT's own), equal weights for all adapters,
 random adapters, and the right adapter, known beforehand. Results are written as they come; the same command goes on
 with what is missing, and puts the table into docs/mixing.md.
@@ -12,7 +13,6 @@ import argparse
 import json
 import logging
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -30,6 +30,7 @@ from training.pocket.generate import respond
 from training.pocket.grading import is_right, sample
 from training.pocket.questions import Question
 from training.pocket.skills import SKILLS
+from training.pocket.tokens import encode_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,9 @@ _BEGIN, _END = "<!-- accuracy -->", "<!-- end -->"
 WORK = Path.home() / ".cache" / "router-service" / "mixing"
 COMMAND = "python -m training.mixing.compare"
 STEPS, BATCH, QUESTIONS, SEEDS = 80, 32, 330, 3
+RATES = (2e-4, 5e-4, 1e-3, 2e-3)
+GATE_RATE = 2.5  # a gate's own learning rate, times that of the adapters
+CHOICE_STEPS, CHOICE_QUESTIONS, CHOICE_SEED = 24, 500, 100
 _ROWS = 110  # questions answered at once
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -51,9 +55,10 @@ JOINT: Mapping[str, Mapping[str, Any]] = {  # all of total rank 64 in each layer
     "flylora": {"experts": 1, "rank": 64},
 }
 GATE_ALONE = ("mole", "phatgoose")
+LORA = {"lora": 64, "lora of all specialists' rank": 16 * len(SKILLS)}
+TRAINED = (*LORA, *GATE_ALONE, *JOINT)
+METHODS = ("base", "right adapter", "uniform", "random", "arrow", *TRAINED, "glider")
 ADAPTERS = {name: FLEET / "adapters" / name for name in SKILLS}
-
-Answered = dict[str, float]
 
 
 class Comparison:
@@ -67,53 +72,62 @@ class Comparison:
             self.work.mkdir(parents=True, exist_ok=True)
             self.data.write_text("".join(self._training_lines()))
 
-    def runs(self) -> dict[str, Callable[[], dict[str, Any]]]:
-        """Every method by name."""
-        return {
-            "base": self.base,
+    def run(self, method: str, rate: float | None) -> dict[str, Any]:
+        """Accuracy of a method, those that are trained at the learning rate `rate`."""
+        if rate is not None:
+            return self.glider(rate) if method == "glider" else self.trained(method, rate)
+        untrained: dict[str, Callable[[], dict[str, Any]]] = {
+            "base": lambda: self.static({}),
             "right adapter": self.right,
             "uniform": lambda: self.static({name: 1 / len(SKILLS) for name in SKILLS}),
             "random": self.random,
-            "lora": lambda: self.lora(64),
             "arrow": lambda: self.measure(self.specialists("arrow")),
-            **{gate: lambda gate=gate: self.trained(gate) for gate in GATE_ALONE},  # type: ignore[misc]
-            "glider": self.glider,
-            **{gate: lambda gate=gate: self.trained(gate) for gate in JOINT},  # type: ignore[misc]
-            "lora of all specialists' rank": lambda: self.lora(16 * len(SKILLS)),
         }
+        return untrained[method]()
 
-    def spec(self, gate: str) -> MixtureSpec:
+    def spec(self, method: str, rate: float, steps: int = STEPS) -> MixtureSpec:
+        """How a method is trained. Plain LoRA is no gate, but has the rest of it."""
+        gate = "mixlora" if method in LORA else method
         own: dict[str, Any] = {"adapters": ADAPTERS} if gate in GATE_ALONE else {"targets": PROJECTIONS, **JOINT[gate]}
         return MixtureSpec(
             base=str(FLEET / "base"),
             gate=gate,
             data=self.data,
-            out=self.work / gate,
-            steps=STEPS,
+            out=self.work / f"{method}, {steps} steps at {rate:g}",
+            steps=steps,
             batch=BATCH,
-            learning_rate=2e-3,
-            gate_learning_rate=5e-3,
+            learning_rate=rate,
+            gate_learning_rate=GATE_RATE * rate,
             seed=self.seed,
             checkpoint_every=25,
             **own,
         )
 
-    def trained(self, gate: str) -> dict[str, Any]:
-        spec = self.spec(gate)
+    def trained(self, method: str, rate: float) -> dict[str, Any]:
+        """Accuracy on the held-out questions."""
+        model, facts = self.learn(method, self.spec(method, rate))
+        return self._accuracy(lambda queries, _: _answers(model, _tokenizer(), queries)) | facts
+
+    def validated(self, method: str, rate: float) -> float:
+        """The share of validation questions that a shorter training gets right."""
+        model, _ = self.learn(method, self.spec(method, rate, CHOICE_STEPS))
+        return right_token_by_token(model, list(sample(self.seed, CHOICE_QUESTIONS, "one", "observed")))
+
+    def learn(self, method: str, spec: MixtureSpec) -> tuple[Any, dict[str, Any]]:
+        """The trained model and what is to be said of its training."""
+        if method in LORA:
+            return self._lora(LORA[method], spec)
         if not spec.out.exists():
             train_mixture(spec, on_progress=_log_progress)
         report = json.loads((spec.out / REPORT_FILE).read_text())
-        model, _ = load_base(spec)
         kept = ("seconds_per_step", "learned_parameters", "gates")
-        return self.measure(load_mixture(model, spec.out)) | {name: report[name] for name in kept}
+        facts = {"learning_rate": spec.learning_rate} | {name: report[name] for name in kept}
+        return load_mixture(load_base(spec)[0], spec.out).model.eval(), facts
 
     def specialists(self, gate: str, options: Mapping[str, Any] | None = None) -> Mixture:
         """The shipped specialists under a gate."""
-        model, _ = load_base(self.spec("phatgoose"))
+        model, _ = load_base(self.spec("phatgoose", RATES[0]))
         return install_mixture(model, read_adapters(ADAPTERS, model), gate, options)
-
-    def base(self) -> dict[str, Any]:
-        return self.static({})
 
     def static(self, weights: Mapping[str, float]) -> dict[str, Any]:
         return self.measure(self.specialists("static", {"weights": dict(weights)}))
@@ -129,12 +143,14 @@ class Comparison:
             gate.score = lambda x: torch.randn(len(x), len(SKILLS), generator=generator)  # type: ignore[method-assign]
         return self.measure(mixture)
 
-    def glider(self) -> dict[str, Any]:
+    def glider(self, rate: float) -> dict[str, Any]:
         """PHATGOOSE's gates, with the likeness of each question to the adapters' descriptions as bias."""
         from routers.embedder import shared_embedder
 
-        mixture = self.specialists("glider")
-        trained = load_mixture(load_base(self.spec("phatgoose"))[0], self.work / "phatgoose")
+        mixture, spec = self.specialists("glider"), self.spec("phatgoose", rate)
+        if not spec.out.exists():
+            train_mixture(spec, on_progress=_log_progress)
+        trained = load_mixture(load_base(spec)[0], spec.out)
         for name, gate in mixture.gates.items():
             gate.load_state_dict(trained.gates[name].state_dict())
         embedder = shared_embedder()
@@ -142,14 +158,13 @@ class Comparison:
         vectors = embedder.embed([question.query for question in self.questions])
         bias = glider_bias(torch.from_numpy(vectors @ descriptions.T)).tolist()
         own = {q.id: dict(zip(SKILLS, row, strict=True)) for q, row in zip(self.questions, bias, strict=True)}
-        return self.measure(mixture, lambda q: RequestMixture(bias=own[q.id]))
+        return self.measure(mixture, lambda q: RequestMixture(bias=own[q.id])) | {"learning_rate": rate}
 
-    def lora(self, rank: int) -> dict[str, Any]:
+    def _lora(self, rank: int, spec: MixtureSpec) -> tuple[Any, dict[str, Any]]:
         """PEFT's plain LoRA on all skills, by the same trainer."""
         from peft import LoraConfig, get_peft_model
         from trl import SFTTrainer
 
-        spec = self.spec("mixlora")
         model, tokenizer = load_base(spec)
         torch.manual_seed(self.seed)
         config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM")
@@ -157,20 +172,18 @@ class Comparison:
         learned = [p for p in model.parameters() if p.requires_grad]
         trainer = SFTTrainer(
             model=model,
-            args=sft_config(spec, self.work / f"lora-{rank}", on_cpu=True),
+            args=sft_config(spec, spec.out, on_cpu=True),
             train_dataset=dataset(read_examples(self.data), (), alone=False),
             processing_class=tokenizer,
             optimizers=(adamw([{"params": learned, "lr": spec.learning_rate}]), None),
         )
-        seconds = trainer.train().metrics["train_runtime"] / STEPS
-        measured = self._accuracy(lambda queries, _: _answers(model.eval(), tokenizer, queries))
-        return measured | {"seconds_per_step": seconds, "learned_parameters": sum(p.numel() for p in learned)}
+        seconds = trainer.train().metrics["train_runtime"] / spec.steps
+        facts = {"seconds_per_step": seconds, "learned_parameters": sum(p.numel() for p in learned)}
+        return model.eval(), {"learning_rate": spec.learning_rate} | facts
 
     def measure(self, mixture: Mixture, wish: Callable[[Question], RequestMixture] | None = None) -> dict[str, Any]:
         """Accuracy of a mixture, each question with the request that `wish` makes of it."""
-        from transformers import AutoTokenizer
-
-        model, tokenizer = mixture.model.eval(), AutoTokenizer.from_pretrained(FLEET / "base")
+        model, tokenizer = mixture.model.eval(), _tokenizer()
 
         def answer(queries: Sequence[str], part: Sequence[Question]) -> list[str]:
             if wish is None:
@@ -195,6 +208,32 @@ class Comparison:
             yield Example(query=q.query, answer=q.answer, adapter=q.skills[0]).model_dump_json(exclude_none=True) + "\n"
 
 
+def _tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(FLEET / "base")
+
+
+@torch.inference_mode()
+def right_token_by_token(model: Any, questions: Sequence[Question]) -> float:
+    """The share of answers each of whose tokens is the most likely one after those before it."""
+    pairs = [(q.query, q.answer) for q in sorted(questions, key=lambda question: len(question.query))]
+    encoded = list(encode_pairs(_tokenizer(), pairs))
+    right = 0
+    for start in range(0, len(encoded), _ROWS):
+        rows = encoded[start : start + _ROWS]
+        tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True)
+        likely = model(tokens, attention_mask=_until(tokens, [len(ids) for ids, _ in rows])).logits.argmax(-1)
+        for row, next_one, (ids, prompt) in zip(tokens, likely, rows, strict=True):
+            right += bool((row[prompt : len(ids)] == next_one[prompt - 1 : len(ids) - 1]).all())
+    return right / len(encoded)
+
+
+def _until(tokens: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """[rows, tokens], 1 before each row's length."""
+    return (torch.arange(tokens.shape[1]) < torch.tensor(lengths)[:, None]).long()
+
+
 def _answers(model: Any, tokenizer: Any, queries: Sequence[str]) -> list[str]:
     """In the order of the queries, which must be by length: `respond` then keeps the rows in place."""
     return [response.text for response in respond(model, tokenizer, queries)]
@@ -202,10 +241,11 @@ def _answers(model: Any, tokenizer: Any, queries: Sequence[str]) -> list[str]:
 
 def table(results: Mapping[str, Any]) -> str:
     """Accuracy of every method as Markdown: mean, and each seed."""
-    lines = ["| method | accuracy | by seed |", "|---|---|---|"]
+    lines = ["| method | learning rate | accuracy | by seed |", "|---|---|---|---|"]
     for method, own in results["accuracy"].items():
         seeds = ", ".join(f"{value:.1%}" for value in own["seeds"].values())
-        lines.append(f"| {method} | {own['mean']:.1%} | {seeds} |")
+        rate = "" if own["learning_rate"] is None else f"{own['learning_rate']:g}"
+        lines.append(f"| {method} | {rate} | {own['mean']:.1%} | {seeds} |")
     return "\n".join(lines)
 
 
@@ -221,20 +261,32 @@ def _log_progress(step: str, done: int, total: int) -> None:
 
 
 def run(seeds: int, results: Path, work: Path, only: Sequence[str] = ()) -> dict[str, Any]:
-    """Run what is missing; the results file after each run."""
-    kept = json.loads(results.read_text()) if results.exists() else {}
+    """Run what is missing, method by method; the results file after each run."""
+    kept: dict[str, Any] = json.loads(results.read_text()) if results.exists() else {}
+    validation: dict[str, dict[str, float]] = kept.get("validation", {})
     runs: dict[str, dict[str, Any]] = kept.get("runs", {})
-    for seed in range(seeds):
-        for method, call in Comparison(seed, work).runs().items():
-            if (only and method not in only) or str(seed) in runs.get(method, {}):
-                continue
-            started = time.monotonic()
-            outcome = call()
-            logger.info("%s, seed %d: %.3f in %.0f s", method, seed, outcome["accuracy"], time.monotonic() - started)
-            runs.setdefault(method, {})[str(seed)] = outcome
-            kept = _results(runs)
-            _write(kept, results)
-    return kept
+    choosing, comparisons = Comparison(CHOICE_SEED, work), [Comparison(seed, work) for seed in range(seeds)]
+    for method in only or METHODS:
+        for rate in RATES if method in TRAINED else ():
+            own = validation.setdefault(method, {})
+            if f"{rate:g}" not in own:
+                own[f"{rate:g}"] = choosing.validated(method, rate)
+                logger.info("%s at %g: %.3f on validation", method, rate, own[f"{rate:g}"])
+                _write(_results(validation, runs), results)
+        wanted = chosen(validation).get(method)
+        runs[method] = {seed: r for seed, r in runs.get(method, {}).items() if r.get("learning_rate") == wanted}
+        for comparison in comparisons:
+            if str(comparison.seed) not in runs[method]:
+                outcome = runs[method][str(comparison.seed)] = comparison.run(method, wanted)
+                logger.info("%s, seed %d: %.3f", method, comparison.seed, outcome["accuracy"])
+                _write(_results(validation, runs), results)
+    return _results(validation, runs)
+
+
+def chosen(validation: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The best learning rate of each method, the smaller of equals; glider has the gates of phatgoose."""
+    rates = {method: float(max(own, key=lambda rate: (own[rate], -float(rate)))) for method, own in validation.items()}
+    return rates | ({"glider": rates["phatgoose"]} if "phatgoose" in rates else {})
 
 
 def _write(kept: Mapping[str, Any], results: Path) -> None:
@@ -245,16 +297,25 @@ def _write(kept: Mapping[str, Any], results: Path) -> None:
     results.write_text(f'{head[:-2]},\n "runs": {{\n{lines}\n }}\n}}\n')
 
 
-def _results(runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+def _results(validation: Mapping[str, Mapping[str, float]], runs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     summary = {
         method: {
+            "learning_rate": next(iter(own.values())).get("learning_rate"),
             "mean": round(fmean(run["accuracy"] for run in own.values()), 4),
             "seeds": {seed: round(run["accuracy"], 4) for seed, run in own.items()},
         }
-        for method, own in runs.items()
+        for method in METHODS
+        if (own := runs.get(method))
     }
     setting = {"steps": STEPS, "batch": BATCH, "questions": QUESTIONS, "torch": torch.__version__}
-    return {"command": COMMAND, "setting": setting, "accuracy": summary, "runs": runs}
+    choice = {"steps": CHOICE_STEPS, "questions": CHOICE_QUESTIONS, "seed": CHOICE_SEED, "gate_rate": GATE_RATE}
+    return {
+        "command": COMMAND,
+        "setting": setting | {"choice": choice},
+        "validation": validation,
+        "accuracy": summary,
+        "runs": runs,
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

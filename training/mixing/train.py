@@ -26,7 +26,7 @@ REPORT_FILE = "report.json"
 def train_mixture(
     spec: MixtureSpec, *, resume: bool = True, on_progress: OnProgress = lambda *_: None
 ) -> dict[str, Any]:
-    """Train and save a mixture; returns its report.
+    """Train and save a mixture; returns its report. Under `torchrun` the processes share each step's batch.
 
     Raises `TrainJobError` for a configuration, data or folder that will not do, `MixingError` for adapters or options
     that do not fit, both before training starts.
@@ -39,17 +39,27 @@ def train_mixture(
     if mixture.gate.learns == "nothing":
         raise TrainJobError(f"gate {spec.gate!r} has nothing to learn: install it as it is")
     rows = dataset(examples, mixture.adapters, alone=mixture.gate.learns_alone)
-    part = _work_folder(spec, resume)
-    trainer = _trainer(spec, mixture, tokenizer, rows, part, on_progress)
+    part = spec.out.with_name(spec.out.name + ".part")
+    args = sft_config(spec, part / "checkpoints", on_cpu=mixture.state.device.type == "cpu")
+    with args.main_process_first(local=False):  # the others find the folder made
+        _make_work_folder(part, spec, resume=resume or args.process_index > 0)
+    trainer = _trainer(spec, mixture, tokenizer, rows, args, on_progress)
     checkpoint = _last_checkpoint(part)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     written = _report(spec, trainer, len(examples))
-    mixture.save(part / "mixture")
-    (part / "mixture" / REPORT_FILE).write_text(json.dumps(written, indent=2) + "\n")
-    spec.out.parent.mkdir(parents=True, exist_ok=True)
-    (part / "mixture").replace(spec.out)
-    shutil.rmtree(part)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        _save(mixture, written, part, spec.out)
+    trainer.accelerator.wait_for_everyone()
     return written
+
+
+def _save(mixture: Mixture, report: dict[str, Any], part: Path, out: Path) -> None:
+    mixture.save(part / "mixture")
+    (part / "mixture" / REPORT_FILE).write_text(json.dumps(report, indent=2) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    (part / "mixture").replace(out)
+    shutil.rmtree(part)
 
 
 def read_report(out: Path) -> dict[str, Any]:
@@ -137,12 +147,12 @@ def adamw(groups: Any) -> Any:
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)
 
 
-def _trainer(spec: MixtureSpec, mixture: Mixture, tokenizer: Any, rows: Any, part: Path, on: OnProgress) -> Any:
+def _trainer(spec: MixtureSpec, mixture: Mixture, tokenizer: Any, rows: Any, args: Any, on: OnProgress) -> Any:
     from training.mixing.trainer import MixtureTrainer
 
     return MixtureTrainer(
         mixture,
-        args=sft_config(spec, part / "checkpoints", on_cpu=mixture.state.device.type == "cpu"),
+        args=args,
         train_dataset=rows,
         processing_class=tokenizer,
         gate_learning_rate=spec.gate_learning_rate,
@@ -169,17 +179,15 @@ def _last(history: list[dict[str, Any]], name: str) -> float:
     return float(next((line[name] for line in reversed(history) if name in line), float("nan")))
 
 
-def _work_folder(spec: MixtureSpec, resume: bool) -> Path:
-    """`OUT.part`, that of the same spec where it is there already and wanted."""
-    part, described = spec.out.with_name(spec.out.name + ".part"), spec.model_dump_json()
-    mark = part / "spec.json"
+def _make_work_folder(part: Path, spec: MixtureSpec, *, resume: bool) -> None:
+    """Make `OUT.part`, or go on with that of the same spec where it is there already and wanted."""
+    mark, described = part / "spec.json", spec.model_dump_json()
     if part.exists() and (not resume or not mark.exists()):
         shutil.rmtree(part)
     if part.exists() and mark.read_text() != described:
         raise TrainJobError(f"{part} is of a run with another configuration: go on with that, or use --no-resume")
     part.mkdir(parents=True, exist_ok=True)
     mark.write_text(described)
-    return part
 
 
 def _last_checkpoint(part: Path) -> Path | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +124,27 @@ def test_micro_batches_sum_to_the_global_batchs_load(data: Path, tmp_path: Path)
     torch.testing.assert_close(losses[1], expected)
     torch.testing.assert_close(trainer._step[0].load, own[0][0].load + own[1][0].load)
     assert float(trainer._step[0].tokens) == sum(float(batch["attention_mask"].sum()) for batch in batches)
+
+
+@pytest.mark.slow
+def test_processes_share_a_batch_and_balance_over_all_of_it(data: Path, tmp_path: Path) -> None:
+    own = {"gate": "mixlora", "experts": 3, "rank": 4, "targets": ["up_proj"], "steps": 1, "warmup": 0}
+    whole = train_mixture(spec_of(data, tmp_path / "whole", **own))
+    shared = spec_of(data, tmp_path / "shared", **own)
+    (tmp_path / "mixture.json").write_text(json.dumps(shared.model_dump(mode="json", exclude_none=True)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "router_service", "train", "mole", "--config", str(tmp_path / "mixture.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = read_report(tmp_path / "shared")
+    for site, line in whole["gates"].items():
+        assert report["gates"][site]["load"] == pytest.approx(line["load"], abs=1e-3)
+        assert report["gates"][site]["token_entropy"] == pytest.approx(line["token_entropy"], abs=1e-4)
+    one, two = (load_mixture(AutoModelForCausalLM.from_pretrained(BASE), tmp_path / n) for n in ("whole", "shared"))
+    for name, layer in one.layers.items():  # Adam's first step: the sign of each gradient
+        assert bool(layer.B.any())
+        assert torch.cosine_similarity(layer.B.flatten(), two.layers[name].B.flatten(), 0) > 0.99
+    assert not (tmp_path / "shared.part").exists()
 
 
 def test_what_cannot_be_trained_is_refused_first(data: Path, tmp_path: Path) -> None:
