@@ -51,7 +51,7 @@ logger = logging.getLogger(__name__)
 COMMAND = "python -m training.glider.compare"
 DOCUMENT = Path("docs/glider.md")
 WORK = Path.home() / ".cache" / "router-service" / "glider"
-SEEDS = range(3)
+SEEDS = 3
 EXAMPLES = 300  # of each task, for its gate and the router
 _POCKET_HELD_OUT = ("units", "roman", "logic", "elements")
 MULTI_TASK = Recipe(steps=100, examples=96, lr=1e-3, warmup=15, weight_decay=0.0, checkpoint_every=25)
@@ -386,6 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     parser.add_argument("worlds", nargs="*", choices=["", *WORLDS], help="by default both")
     parser.add_argument("--work", type=Path, default=WORK)
+    parser.add_argument("--seeds", type=int, default=SEEDS)
     parser.add_argument("--only", action="append", default=[], help="a method; repeatable")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
@@ -393,8 +394,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = json.loads(path.read_bytes())["results"] if path.exists() else {}
     for name in args.worlds or WORLDS:
         world = WORLDS[name](args.work / name)
-        run(world, SEEDS, args.work / name, args.only)
-        results[name] = summary(world, SEEDS, args.work / name)
+        run(world, range(args.seeds), args.work / name, args.only)
+        results[name] = summary(world, range(args.seeds), args.work / name)
         write("glider", results, command=COMMAND)
     DOCUMENT.write_text(with_tables(DOCUMENT.read_text("utf-8"), results), "utf-8")
 
