@@ -45,7 +45,7 @@ HELD_OUT = ("second_word_letter", "antonyms", "sum", "diff")
 SHAPE = {"hidden_size": 144, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6}
 BASE = Recipe(steps=600, examples=80, lr=3e-3, lessons=0.5, checkpoint_every=50)
 RANK = 8
-ADAPTER = Recipe(steps=100, examples=40, lr=1.5e-3, warmup=15, weight_decay=0.0, checkpoint_every=25)
+ADAPTER = Recipe(steps=100, examples=40, lr=2e-3, warmup=15, weight_decay=0.0, checkpoint_every=25)
 MULTI_TASK = replace(ADAPTER, steps=ADAPTER.steps * len(HELD_IN), checkpoint_every=100)
 _RARE = 8  # words of the train inputs that are no rarer are tokens of their own
 _MOST_LETTERS = 64  # of an input

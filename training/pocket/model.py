@@ -116,7 +116,7 @@ class LoraMasters:
         for name, weight in model.named_parameters():
             weight.requires_grad_(name.split(".")[-2] in PROJECTIONS)
             if weight.requires_grad:
-                self._frozen[name] = weight.detach().float()
+                self._frozen[name] = weight.detach().float().clone()  # `write` changes the weight
                 rows, columns = weight.shape
                 a = torch.empty(rank, columns).uniform_(-1, 1, generator=generator) * columns**-0.5
                 self.parameters[_lora_name(name, "A")] = nn.Parameter(a)
