@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from experts.fleet import FleetEntry
 
 Endpoint = Literal["chat/completions", "completions", "embeddings"]
 
@@ -75,4 +78,21 @@ class Expert(Protocol):
 
     async def close(self) -> None:
         """Free what it holds."""
+        ...
+
+
+@runtime_checkable
+class AdapterHost(Protocol):
+    """An expert whose model takes adapters while it serves: the base that they are on."""
+
+    async def load_adapter(self, name: str, path: str, revision: str | None = None) -> None:
+        """Check an adapter and load it beside the others, or replace it. Raises `ExpertConfigError`."""
+        ...
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter, once what waits for it is done. Raises `ExpertConfigError` where there is none."""
+        ...
+
+    def adapted(self, entry: FleetEntry) -> Expert:
+        """The expert that answers through the loaded adapter of the entry's name."""
         ...

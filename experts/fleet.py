@@ -266,6 +266,16 @@ class Fleet(_Model):
             if entry.local or entry.encoder or (entry.remote and entry.resources)
         )
 
+    def space(self, entry: FleetEntry) -> str | None:
+        """What says whose vectors an expert's can be compared with: equal, of one space. None: it makes none."""
+        if entry.kind != "embedding":
+            return None
+        if entry.adapter:
+            entry = next(head for head in self.experts if head.name == entry.adapter.base)
+        if entry.encoder:
+            return entry.encoder.model_dump_json(exclude={"max_queue"})
+        return entry.remote.model if entry.remote else None
+
     @property
     def proxied(self) -> tuple[FleetEntry, ...]:
         """The remote experts that the ingress calls itself: those that ask for no resources."""

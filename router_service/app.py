@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from experts.cards import ExpertCard
 from experts.expert import Expert
-from router_service.core.routing import LoadRouter, Plan, RouterSlot
+from router_service.core.routing import LoadRouter, Plan, RouterSlot, able
 from router_service.core.service import DEFAULT_POLICY, Service
 from router_service.errors import SettingsError
 from router_service.http.application import Application
@@ -56,11 +56,10 @@ def _plans(
     slots: list[tuple[tuple[RouterChoice, str], RouterSlot]] = []
     plans = {}
     for name, policy in policies.items():
-        able = [card for card in cards if (card.kind == "embedding") == (policy.serves == "embeddings")]
         wanted = (policy.router, policy.serves)
         slot = next((slot for choice, slot in slots if choice == wanted), None)
         if slot is None:
-            slot = RouterSlot(policy.router, able, load, metrics)
+            slot = RouterSlot(policy.router, load, metrics)
             slots.append((wanted, slot))
-        plans[name] = Plan(policy, slot, create_strategy(policy), able)
+        plans[name] = Plan(policy, slot, create_strategy(policy), able(policy, cards))
     return plans

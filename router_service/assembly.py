@@ -36,6 +36,21 @@ def check_policy(policy: Policy, fleet: Fleet) -> None:
     if lost := create_strategy(policy).experts - {card.name for card in fleet.cards}:
         names = ", ".join(map(repr, sorted(lost)))
         raise RouterConfigError(f"policy {policy.name!r}: its strategy speaks of {names}, which the fleet has not")
+    if policy.serves == "embeddings":
+        _check_one_space(policy, fleet)
+
+
+def _check_one_space(policy: Policy, fleet: Fleet) -> None:
+    """Raise `RouterConfigError` where `policy` may answer one request with vectors that are not to be compared."""
+    spaces = {
+        space: entry.name for entry in fleet.experts if policy.admits(entry.card) and (space := fleet.space(entry))
+    }
+    if len(spaces) > 1:
+        one, other = list(spaces.values())[:2]
+        raise RouterConfigError(
+            f"policy {policy.name!r}: the vectors of {one!r} and {other!r} are of different encoders and cannot be "
+            "compared: allow experts of one encoder alone (constraints.allow)"
+        )
 
 
 def assemble(

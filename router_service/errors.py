@@ -9,10 +9,12 @@ ServiceError
     ├── ExpertRefusedError         4xx  the expert refused the request as it stands
     ├── AuthenticationError        401  no API key, or a wrong one
     ├── ForbiddenOriginError       403  a web page calls a service that has no API keys
+    ├── NotAdminError              403  the API key may not change the fleet
     ├── NotFoundError              404  no such route
     │   └── ModelNotFoundError     404  no such expert or policy
     ├── MethodNotAllowedError      405
     ├── SlowBodyError              408  the body did not come in time
+    ├── ConflictError              409  the name is taken
     ├── BodyTooLargeError          413
     ├── RateLimitError             429  requests or tokens per minute
     ├── BudgetError                429  the key's or the policy's money is spent
@@ -120,6 +122,14 @@ class ForbiddenOriginError(RequestError):
     code = "forbidden_origin"
 
 
+class NotAdminError(RequestError):
+    """The API key may not change the fleet."""
+
+    status = 403
+    type = "invalid_request_error"
+    code = "not_admin"
+
+
 class NotFoundError(RequestError):
     """No such route."""
 
@@ -148,6 +158,14 @@ class SlowBodyError(RequestError):
     status = 408
     type = "invalid_request_error"
     code = "body_timeout"
+
+
+class ConflictError(RequestError):
+    """The name is taken."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "name_taken"
 
 
 class BodyTooLargeError(RequestError):

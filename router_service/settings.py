@@ -4,6 +4,7 @@
 |---|---|---|
 | `ROUTER_HOST`, `PORT` | 127.0.0.1, 8000 | where to listen; any host but loopback needs `ROUTER_API_KEYS` |
 | `ROUTER_API_KEYS` | none | `name:key` or `name:sha256=<hex digest>`, separated by commas |
+| `ROUTER_ADMINS` | none | names of the keys that may add and remove adapters, separated by commas |
 | `ROUTER_LIMITS` | none | JSON: key name, or `*` for the others, to the fields of `Limits` |
 | `ROUTER_LIMITS_FAIL` | open | while Redis is away: `open` answers without limits, `closed` answers 503 |
 | `ROUTER_MAX_BODY_BYTES` | 20 MiB | larger bodies get 413 |
@@ -59,6 +60,7 @@ class Settings(BaseModel):
     port: int = Field(default=8000, ge=0, le=65535)
     key_digests: dict[str, str] = Field(default={}, repr=False)
     """SHA-256 (hex) of each API key, to the key's name."""
+    admins: frozenset[str] = frozenset()
     limits: dict[str, Limits] = {}
     limits_fail: Literal["open", "closed"] = "open"
     max_body_bytes: int = Field(default=20 << 20, gt=0)
@@ -81,6 +83,8 @@ class Settings(BaseModel):
             raise ValueError(f"host {self.host!r} is not loopback: set ROUTER_API_KEYS=name:key[,name:key]")
         if unknown := sorted(set(self.limits) - set(self.key_digests.values()) - {"*", ANONYMOUS}):
             raise ValueError(f"ROUTER_LIMITS names {unknown[0]!r}, which is no key of ROUTER_API_KEYS")
+        if unknown := sorted(self.admins - set(self.key_digests.values())):
+            raise ValueError(f"ROUTER_ADMINS names {unknown[0]!r}, which is no key of ROUTER_API_KEYS")
         return self
 
     def limits_of(self, key_name: str) -> Limits:
@@ -116,6 +120,8 @@ def read_settings(environment: Mapping[str, str] = os.environ, **overrides: Any)
     values: dict[str, Any] = {field: environment[name] for name, field in _VARIABLES.items() if environment.get(name)}
     if keys := environment.get("ROUTER_API_KEYS"):
         values["key_digests"] = _parse_keys(keys)
+    if admins := environment.get("ROUTER_ADMINS"):
+        values["admins"] = frozenset(filter(None, map(str.strip, admins.split(","))))
     if limits := environment.get("ROUTER_LIMITS"):
         values["limits"] = _parse_limits(limits)
     values.update({name: value for name, value in overrides.items() if value is not None})

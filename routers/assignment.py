@@ -32,14 +32,16 @@ def _solve(shares: Floats, value: Floats, price: Floats, budget: float) -> AnyAr
     from scipy.sparse import csr_array, kron
 
     categories, experts = value.shape
-    scale = budget or 1.0  # prices are tiny numbers, and the solver's tolerances are absolute
+    scale = budget or 1.0  # prices are tiny numbers, and values may be close: the solver's tolerances are absolute
+    gain = shares[:, None] * (value - value.min(axis=1, keepdims=True))
     one_each = LinearConstraint(csr_array(kron(np.eye(categories), np.ones((1, experts)))), 1, 1)
     affordable = LinearConstraint((shares[:, None] * price / scale).reshape(1, -1), -np.inf, budget / scale)
     found = milp(
-        -(shares[:, None] * value).ravel(),
+        -(gain / (gain.max() or 1.0)).ravel(),
         constraints=[one_each, affordable],
         integrality=np.ones(value.size),
         bounds=Bounds(0, 1),
+        options={"mip_rel_gap": 0},  # it would be content with 1e-4
     )
     if found.x is None:
         raise RouterConfigError(f"no table was found within a budget of {budget:g}: {found.message}")

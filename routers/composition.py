@@ -102,14 +102,19 @@ class CompositionRouter(FittedRouter[CompositionConfig]):
         self._categories, _ = self._classifier(texts, self._embed(texts), labels)
 
     def retrain_table(self, observations: Observations, budget: TableBudget | None = None) -> None:
-        """Choose the table anew from observations of the experts fitted on, labelled or not; the categories stay."""
+        """Choose the table anew from observations of the experts fitted on, labelled or not; the categories stay.
+
+        A `budget` given is the router's from now on.
+        """
         table = checked(observations)
         if {card.name for card in table.cards} != {card.name for card in self.cards}:
             raise ObservationError("the observations are not of the experts that the router was fitted on")
         order = [[card.name for card in table.cards].index(card.name) for card in self.cards]
         found = self._categories(table.texts, self._embed(table.texts))
         labels = [(*self._categories.names, GENERAL)[place] for place in found.argmax(1)]
-        self._fill_table(_reordered(table, order), found, labels, budget or self.config.budget)
+        budget = budget or self.config.budget
+        self._fill_table(_reordered(table, order), found, labels, budget)
+        self.config = self.config.model_copy(update={"budget": budget})
 
     @property
     def table(self) -> dict[str, str]:

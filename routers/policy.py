@@ -152,16 +152,19 @@ class Ceilings(_Model):
 class Target(_Model):
     """The quality that `router-service policies tune` looks for the cheapest way to.
 
-    That of the best single expert less `within`, or `quality` itself.
+    That of the best single expert, or of `expert`, less `within` (below 0: so much above it); or `quality` itself.
     """
 
-    within: Annotated[float, Field(ge=0, le=1)] | None = None
+    expert: str | None = None
+    within: Annotated[float, Field(ge=-1, le=1)] | None = None
     quality: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:
         if (self.within is None) == (self.quality is None):
             raise ValueError("target: name `within`, how far below the best single expert, or `quality`")
+        if self.expert and self.within is None:
+            raise ValueError("target: `expert` is whose quality `within` is about; `quality` stands by itself")
         return self
 
 
@@ -219,11 +222,16 @@ class Policy(_Model):
         """Raise `RouterConfigError` if the policy names an expert or tag that no card has."""
         names, tags = {card.name for card in cards}, {tag for card in cards for tag in card.tags}
         selections = (self.constraints.allow, self.constraints.deny)
-        lost = {*self.fallbacks.experts}.union(*(s.names for s in selections)) - names
+        targets = {self.target.expert} if self.target and self.target.expert else set()
+        lost = {*self.fallbacks.experts, *targets}.union(*(s.names for s in selections)) - names
         lost_tags = frozenset().union(*(s.tags for s in selections)) - tags
         if lost or lost_tags:
             what = ", ".join([*map(repr, sorted(lost)), *(f"tag {tag!r}" for tag in sorted(lost_tags))])
             raise RouterConfigError(f"policy {self.name!r} speaks of {what}, which the fleet has not")
+
+    def admits(self, card: ExpertCard) -> bool:
+        """Whether `allow` and `deny` leave the expert, whatever the request."""
+        return self._barred(card) is None
 
     def choose(self, estimates: Estimates, cards: Sequence[ExpertCard], query: Query, *, row: int = 0) -> Decision:
         """Rank `cards` for `query`, whose estimates are in `row`. Raises `NoExpertError` where none is left."""

@@ -11,14 +11,11 @@ killed goes on from there and ends with the same arrays. An artefact is never ov
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +32,7 @@ from training.manifest import Manifest, Trial, data_sha256, git_commit, package_
 from training.metrics import aiq, bootstrap, frontier, sweep, weighted_mean
 from training.observations import load_table
 from training.tune import search
+from training.work_folder import publish, read_json, started_at, work_folder, write_json
 
 OnProgress = Callable[[str, int, int], None]
 """Hears of a step's name, how much of it is done, and how much there is."""
@@ -43,7 +41,7 @@ CHECKPOINT_EVERY_S = 10.0
 """How much of a fit of many steps a kill can cost."""
 
 _EMBED_BATCH = 512
-_RUN, _METRICS = "run.json", "validation.json"
+_METRICS = "validation.json"
 
 
 class TrainSpec(BaseModel):
@@ -77,7 +75,7 @@ def train(spec: TrainSpec, *, resume: bool = True, on_progress: OnProgress = lam
     if spec.out.exists():
         return _finished(spec.out, key)
     table = load_table(spec.observations)
-    with _work_folder(spec.out, key, resume) as work:
+    with work_folder(spec.out, key, resume) as work:
         run = _Run(spec, key, data, table.train, len(table.test), work, on_progress)
         return run.finish()
 
@@ -141,7 +139,7 @@ class _Run:
             trials=trials,
             versions=package_versions(),
             git_commit=git_commit(),
-            started_at=_read_json(self.work / _RUN, {})["started_at"],
+            started_at=started_at(self.work),
             finished_at=time.time(),
         )
         self._publish(router, manifest)
@@ -183,10 +181,10 @@ class _Run:
         )
 
     def _validate(self, config: Mapping[str, Any], fitted: Observations, held_out: Observations) -> dict[str, float]:
-        known: dict[str, float] | None = _read_json(self.work / _METRICS, None)
+        known: dict[str, float] | None = read_json(self.work / _METRICS, None)
         if known is None:
             known = score(self._fit(config, fitted, "validate"), held_out)
-            _write_json(self.work / _METRICS, known)
+            write_json(self.work / _METRICS, known)
         return known
 
     def _fit(self, config: Mapping[str, Any], table: Observations, step: str) -> AnyRouter:
@@ -208,11 +206,7 @@ class _Run:
         whole.mkdir()
         router.save(whole)
         manifest.write(whole)
-        for path in whole.iterdir():
-            _sync(path)
-        _sync(whole)
-        whole.rename(self.spec.out)
-        _sync(self.spec.out.parent)
+        publish(whole, self.spec.out)
 
 
 def _run_key(spec: TrainSpec, router: AnyRouter, data: str) -> str:
@@ -237,52 +231,3 @@ def _finished(out: Path, key: str) -> Manifest:
             "choose another folder"
         )
     return manifest
-
-
-@contextmanager
-def _work_folder(out: Path, key: str, resume: bool) -> Iterator[Path]:
-    """`OUT.part`, locked, of this run alone, and gone once the artefact is in its place."""
-    work = out.with_name(out.name + ".part")
-    work.mkdir(parents=True, exist_ok=True)
-    lock = os.open(work, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise TrainJobError(f"another run is training into {out}") from error
-        if not resume:
-            _empty(work)
-        known = _read_json(work / _RUN, {"run": key, "started_at": time.time()})
-        if known["run"] != key:
-            raise TrainJobError(
-                f"{work} holds an unfinished run with other data, options or versions: "
-                "throw it away with --no-resume, or choose another folder"
-            )
-        _write_json(work / _RUN, known)
-        yield work
-        shutil.rmtree(work, ignore_errors=True)
-    finally:
-        os.close(lock)
-
-
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _read_json(path: Path, default: Any) -> Any:
-    return json.loads(path.read_text()) if path.exists() else default
-
-
-def _write_json(path: Path, value: Any) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2))
-    part.replace(path)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -7,6 +7,7 @@ beside those in use and swaps them in between two batches, so that nothing waits
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from experts.embedding.encoder import Encoder, FloatArray, Tokens
 from experts.errors import ExpertConfigError
 from experts.local.lora import NO_ADAPTER, LoraWeights, read_adapter
 from kernels import AdapterStack, mixed_lora
+
+_ENCODER = "encoder.json"
+"""In an adapter's folder, beside PEFT's files: the fingerprint of the encoder that it was trained on."""
 
 Weights = Mapping[str, LoraWeights]
 """One adapter: layer name -> matrices."""
@@ -41,6 +45,11 @@ class AdaptedEncoder:
         """The adapters that are loaded."""
         return list(self._adapters)
 
+    @property
+    def fingerprint(self) -> str:
+        """The encoder's, which its adapters share: they change queries' vectors within the documents' space."""
+        return self._encoder.fingerprint
+
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, cut to the most that the model reads."""
         return self._encoder.tokenize(texts)
@@ -60,7 +69,8 @@ class AdaptedEncoder:
     def load(self, folders: Mapping[str, Path]) -> None:
         """Add adapters in PEFT's file format by name, or replace those of the same name.
 
-        All or none are loaded. Raises `ExpertConfigError` that names the adapter at fault.
+        All or none are loaded. Raises `ExpertConfigError` that names the adapter at fault, also where it says that it
+        was trained on another encoder.
         """
         read = {name: self._read(name, folder) for name, folder in folders.items()}
         with self._lock:
@@ -75,6 +85,11 @@ class AdaptedEncoder:
 
     def _read(self, name: str, folder: Path) -> Weights:
         try:
+            if (trained_on := read_encoder(folder)) not in (None, self.fingerprint):
+                raise ExpertConfigError(
+                    f"it was trained on the encoder {str(trained_on)[:12]}, and this one is {self.fingerprint[:12]} "
+                    "(weights, tokenizer, max_tokens or pooling differ)"
+                )
             return read_adapter(folder, self._plain)
         except ExpertConfigError as error:
             raise ExpertConfigError(f"adapter {name!r} in {str(folder)!r}: {error}") from error
@@ -103,6 +118,22 @@ class AdaptedEncoder:
         for name in set(self._layers) - wanted:
             _put(network, name, self._layers.pop(name).linear)
         self._adapters = adapters
+
+
+def write_encoder(folder: Path, fingerprint: str) -> None:
+    """Say beside an adapter on which encoder it was trained."""
+    (folder / _ENCODER).write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
+
+
+def read_encoder(folder: Path) -> str | None:
+    """The fingerprint of the encoder that an adapter was trained on, where it is known. Raises `ExpertConfigError`."""
+    try:
+        said = json.loads((folder / _ENCODER).read_bytes())
+        return str(said["fingerprint"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ExpertConfigError(f"{_ENCODER} cannot be read: {error!r}") from error
 
 
 class _Choice:

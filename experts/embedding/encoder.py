@@ -90,7 +90,10 @@ def _sha256(path: Path) -> str:
 
 
 class Encoder:
-    """A loaded model, `network`, frozen. `encode` is deterministic; call it from one thread at a time."""
+    """A loaded model, `network`, frozen. `encode` is deterministic; call it from one thread at a time.
+
+    `fingerprint` is its files' (`EncoderFiles`), in hex: encoders that have the same one give the same vectors.
+    """
 
     def __init__(self, files: EncoderFiles, config: EmbedderConfig) -> None:
         import torch
@@ -102,6 +105,7 @@ class Encoder:
         self._tokenizer.enable_truncation(config.max_tokens)
         self.network = _load(files.folder, torch.float32).requires_grad_(False)
         self._pooling = config.pooling
+        self.fingerprint = files.fingerprint.hex()
 
     def encode(self, texts: Sequence[str]) -> FloatArray:
         """Unit vectors of `texts`, float32 [len(texts), D], computed in batches of texts of like length."""

@@ -6,7 +6,8 @@ What waits for the encoder is computed together, whoever asked: texts for differ
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import ceil
@@ -22,6 +23,8 @@ from experts.expert import Expert, ExpertRequest, Part, Usage
 from experts.fleet import EncoderSource, ExpertGroup, FleetEntry
 from experts.shared import Shared
 
+logger = logging.getLogger(__name__)
+
 _TEXTS_PER_BATCH = 512
 
 
@@ -31,7 +34,7 @@ def build_encoder(group: ExpertGroup) -> dict[str, Expert]:
     config = EmbedderConfig(model=source.model, max_tokens=source.max_tokens, pooling=source.pooling)
     files = EncoderFiles.find(config)
     encoder = AdaptedEncoder(Encoder(files, config))
-    encoder.load({entry.name: _folder(entry) for entry in group.adapters})
+    encoder.load({entry.name: _folder(entry.name, entry.adapter.path) for entry in group.adapters if entry.adapter})
     # As long as requests are, so that the first of them finds the kernels built.
     encoder.encode(encoder.tokenize(["warm up " * 32] * len(group.entries)), [None, *encoder.names])
     runtime = Runtime(encoder, files.dimensions, max_queue=source.max_queue, threads=ceil(group.resources.cpus))
@@ -43,11 +46,10 @@ def build_encoder(group: ExpertGroup) -> dict[str, Expert]:
     }
 
 
-def _folder(entry: FleetEntry) -> Path:
-    path = Path(entry.adapter.path if entry.adapter else "")
-    if not path.is_dir():
-        raise ExpertConfigError(f"expert {entry.name!r}: there is no folder {str(path)!r}")
-    return path
+def _folder(name: str, path: str) -> Path:
+    if not Path(path).is_dir():
+        raise ExpertConfigError(f"expert {name!r}: there is no folder {path!r}")
+    return Path(path)
 
 
 @dataclass(slots=True)
@@ -78,6 +80,10 @@ class Runtime:
         self._thread.submit(self._run)
         return await asyncio.wrap_future(job.done)
 
+    async def change(self, work: Callable[[], None]) -> None:
+        """Change the encoder's adapters, after all that waits now is computed."""
+        await asyncio.wrap_future(self._thread.submit(work))
+
     async def close(self) -> None:
         """End the thread once its batch is done."""
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -89,16 +95,23 @@ class Runtime:
             job = self._waiting.pop(0)
             if job.done.set_running_or_notify_cancel():
                 jobs.append(job)
-        if not jobs:
-            return
+        if jobs and not self._answer(jobs) and len(jobs) > 1:
+            for job in jobs:  # one that cannot be encoded must not fail those beside it
+                self._answer([job], last=True)
+
+    def _answer(self, jobs: Sequence[_Job], *, last: bool = False) -> bool:
+        """Whether jobs were encoded. A failure, whatever it is, reaches them if there is nothing else to try."""
         try:
             results = self._encode(jobs)
-        except (ExpertConfigError, RuntimeError) as error:
-            for job in jobs:
-                job.done.set_exception(ExpertUnavailableError(f"the encoder failed: {error}"))
-            return
+        except Exception as error:
+            if last or len(jobs) == 1:
+                logger.warning("an encoder failed", exc_info=error)
+                for job in jobs:
+                    job.done.set_exception(ExpertUnavailableError(f"the encoder failed: {error}"))
+            return False
         for job, result in zip(jobs, results, strict=True):
             job.done.set_result(result)
+        return True
 
     def _encode(self, jobs: Sequence[_Job]) -> list[tuple[FloatArray, int]]:
         tokens = self.encoder.tokenize([text for job in jobs for text in job.texts])
@@ -135,7 +148,24 @@ class EmbeddingExpert:
         except TimeoutError as error:
             raise ExpertTimeoutError(f"expert {self._name!r} did not answer in time") from error
         usage = Usage(input_tokens=tokens)
-        return Part(reply(self._name, vectors, usage, as_base64=asked.as_base64), usage)
+        encoder = runtime.encoder.fingerprint
+        return Part(reply(self._name, vectors, usage, as_base64=asked.as_base64, encoder=encoder), usage)
+
+    async def load_adapter(self, name: str, path: str, revision: str | None = None) -> None:
+        """Load an adapter from a folder beside the others, or replace it. Raises `ExpertConfigError`."""
+        if self._adapter is not None:
+            raise ExpertConfigError(f"expert {self._name!r} is an adapter itself, and can be no base")
+        runtime = self._shared.resource
+        await runtime.change(lambda: runtime.encoder.load({name: _folder(name, path)}))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter, once what waits for it is computed. Raises `ExpertConfigError` where there is none."""
+        runtime = self._shared.resource
+        await runtime.change(lambda: runtime.encoder.unload(name))
+
+    def adapted(self, entry: FleetEntry) -> EmbeddingExpert:
+        """The expert of an adapter that was loaded."""
+        return EmbeddingExpert(entry, entry.name, self._shared)
 
     async def healthy(self) -> bool:
         """Whether its adapter is loaded."""

@@ -51,11 +51,19 @@ def texts_of(body: Mapping[str, Any]) -> list[str]:
     return texts
 
 
-def reply(name: str, vectors: FloatArray, usage: Usage, *, as_base64: bool) -> bytes:
-    """The JSON of an embeddings answer."""
+def reply(name: str, vectors: FloatArray, usage: Usage, *, as_base64: bool, encoder: str) -> bytes:
+    """The JSON of an embeddings answer.
+
+    Beside OpenAI's fields every vector has `encoder`, the fingerprint of the encoder in whose space it is.
+    """
     tokens = usage.input_tokens
     data = [
-        {"object": "embedding", "index": i, "embedding": _base64(vector) if as_base64 else vector}
+        {
+            "object": "embedding",
+            "index": i,
+            "embedding": _base64(vector) if as_base64 else vector,
+            "encoder": encoder,
+        }
         for i, vector in enumerate(vectors)
     ]
     answer = {

@@ -1,4 +1,4 @@
-"""`router-service experts`: the experts of a running service or of a fleet file, and whether a fleet file is right."""
+"""`router-service experts`: those of a running service or of a fleet file, and adapters that come and go meanwhile."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from router_service.cli.client import Url, checked, connect
-from router_service.cli.console import out, write_json
+from router_service.cli.console import CommandError, out, write_json
 
 app = typer.Typer(invoke_without_command=True)
 
@@ -49,6 +49,52 @@ def check(fleet: Annotated[Path, typer.Argument(help="A fleet file.")]) -> None:
     loaded = load_fleet(fleet)
     deployed = ", ".join(group.name for group in loaded.groups) or "none"
     out.print(f"{fleet}: {len(loaded.experts)} experts; deployed on their own: {deployed}", soft_wrap=True)
+
+
+@app.command()
+def add(
+    fleet: Annotated[Path, typer.Argument(help="A fleet file that has the adapter.", exists=True, dir_okay=False)],
+    name: Annotated[str, typer.Argument(help="The adapter's name in it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="What was added as JSON.")] = False,
+    url: Url = None,
+) -> None:
+    """Add an adapter of a fleet file to the running service, on a base that it serves, without a restart.
+
+    It stays over restarts until it is removed. Where the service has API keys, ROUTER_API_KEY must be one that its
+    ROUTER_ADMINS names. A router that knows the adapter is promoted first, so that it is routed to as it should be.
+
+    Examples:
+
+      router-service promote retriever-2/router
+
+      router-service experts add retriever-2/fleet.yaml search-npl
+    """
+    from experts.fleet import load_fleet
+
+    entry = next((entry for entry in load_fleet(fleet).experts if entry.name == name), None)
+    if entry is None or entry.adapter is None:
+        raise CommandError(f"{fleet} has no adapter {name!r}", status=2)
+    card = entry.card.model_dump(mode="json", exclude={"kind"}, exclude_defaults=True)
+    with connect(url) as client:
+        source = entry.adapter.model_dump(exclude_none=True)
+        added = checked(client.post("/v1/adapters", json={**card, "name": name, **source}))
+    if as_json:
+        write_json(added)
+        return
+    out.print(f"{name} answers, on {entry.adapter.base}", soft_wrap=True)
+
+
+@app.command()
+def remove(name: Annotated[str, typer.Argument(help="An adapter that was added.")], url: Url = None) -> None:
+    """Take an adapter that was added out of the running service.
+
+    Example: router-service experts remove search-npl
+    """
+    from urllib.parse import quote
+
+    with connect(url) as client:
+        checked(client.delete(f"/v1/adapters/{quote(name)}"))
+    out.print(f"{name} is out of use", soft_wrap=True)
 
 
 def _of_fleet(path: Path) -> list[dict[str, Any]]:

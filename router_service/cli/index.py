@@ -60,7 +60,10 @@ def add(
     with steps() as on_progress:
         for folder in corpus:
             found = read_corpus(folder)
-            documents = [Document(f"{found.name}/{i}", text) for i, text in zip(found.ids, found.texts, strict=True)]
+            documents = [
+                Document(f"{found.name}/{i}", text, title)
+                for i, title, text in zip(found.ids, found.titles, found.bodies, strict=True)
+            ]
             vectors = embed_all(embedder, found.texts, f"embed {found.name}", on_progress)
             opened.add(documents, vectors)
     errors.print(f"{len(opened)} documents in {index}", soft_wrap=True)

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer(invoke_without_command=True)
 
+_WITHIN = 0.01
+
 
 @app.callback()
 def policies(
@@ -74,36 +76,47 @@ def tune(
         typer.Option("--out", dir_okay=False, help="Write the tuned policy here; its file's name is its name."),
     ] = None,
     within: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Keep the best single expert's quality less this.  [.01]")
+        float | None,
+        typer.Option(min=-1, max=1, help="Keep the best single expert's quality less this; below 0, exceed it.  [.01]"),
     ] = None,
+    against: Annotated[str | None, typer.Option(help="The expert that --within is about, instead of the best.")] = None,
     quality: Annotated[float | None, typer.Option(min=0, max=1, help="Or keep this quality.")] = None,
     strategy: Annotated[str | None, typer.Option(help="Try this strategy alone: single or cascade.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Policy and figures as JSON.")] = False,
 ) -> None:
     """Find the cheapest strategy and thresholds that keep a quality target, on what your experts were observed to do.
 
-    The target is the policy's own `target`, unless one is given here. `single` and `cascade` are tried with the
-    policy's router, fitted on parts of the table's train split and asked about the others; what was chosen is measured
-    on the test split.
+    The target is the policy's own `target`, unless one is given here; it is kept if it is so in 95 of 100 resamples of
+    the queries. `single` and `cascade` are tried, within the policy's ceilings, with its router fitted on parts of the
+    table's train split and asked about the others; what was chosen is measured on the test split. Of the other
+    strategies it says what a table lacks to try them.
 
     Examples:
 
       router-service policies tune my-policies/auto.yaml --observations data/mine --out my-policies/thrifty.yaml
 
       router-service policies tune deploy/policies/auto.yaml --observations experts/pocket --within 0
+
+      router-service policies tune deploy/policies/cascade.yaml --observations experts/pocket --strategy cascade
+      --against pocket-generalist --within -.02
     """
     from router_service.cli.progress import steps
     from routers.policy import Target, load_policy
     from training.observations import load_table
-    from training.tune_policy import STRATEGIES, policy_text, to_json, tune_policy
+    from training.tune_policy import NOT_PLAYED, STRATEGIES, policy_text, to_json, tune_policy
 
     if strategy and strategy not in STRATEGIES:
-        raise CommandError(f"--strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}", status=2)
+        why = f"; {NOT_PLAYED[strategy]}" if strategy in NOT_PLAYED else ""
+        raise CommandError(f"--strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}{why}", status=2)
+    if against and quality is not None:
+        raise CommandError("--against is whose quality --within is about: it does not go with --quality", status=2)
+    if against and within is None:
+        within = _WITHIN
 
     started = load_policy(policy)
-    given = Target(within=within, quality=quality) if (within, quality) != (None, None) else None
+    given = Target(within=within, quality=quality, expert=against) if (within, quality) != (None, None) else None
     with steps() as on_step:
-        target = given or started.target or Target(within=0.01)
+        target = given or started.target or Target(within=_WITHIN)
         tuned = tune_policy(
             started,
             load_table(observations),
@@ -132,11 +145,13 @@ def _show_tuned(tuned: Tuned) -> None:
     if strategy.options:
         out.print(yaml.safe_dump({"options": dict(strategy.options)}, sort_keys=False), highlight=False)
     table = Table("on test", "value", "95% interval")
-    for name in ("quality", "best_quality", "difference", "cost_usd_per_1k", "best_cost_usd_per_1k"):
+    for name in ("quality", "against_quality", "difference", "cost_usd_per_1k", "against_cost_usd_per_1k"):
         found = getattr(tuned, name)
         table.add_row(name, f"{found.value:.4f}", f"{found.low:.4f} to {found.high:.4f}")
     table.add_row("calls", f"{tuned.calls:.2f}", "")
     out.print(table)
+    for name, why in tuned.not_tried.items():
+        out.print(f"Not tried: {name}, for {why}.", soft_wrap=True)
 
 
 def _of_folder(folder: Path) -> list[dict[str, Any]]:

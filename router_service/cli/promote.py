@@ -23,17 +23,27 @@ _CONFIRMATIONS = 5  # of one replica or another: each answer may come from any o
 
 def promote(
     folder: Annotated[
-        Path, typer.Argument(exists=True, file_okay=False, resolve_path=True, help="What `train --out` wrote.")
+        Path,
+        typer.Argument(
+            exists=True,
+            file_okay=False,
+            resolve_path=True,
+            help="What `train --out` wrote, or a retriever's `router`.",
+        ),
     ],
     url: Url = None,
 ) -> None:
     """Make the running service use a trained router, without a restart; an older one, to go back.
 
-    Example: router-service promote artefacts/knn-1
-    """
-    from training.manifest import Manifest
+    Examples:
 
-    put_in_service(url, Manifest.read(folder).router, folder)
+      router-service promote artefacts/knn-1
+
+      router-service promote retriever-2/router
+    """
+    from routers.artefact import read_header
+
+    put_in_service(url, read_header(folder)["router"], folder)
     out.print(f"in service: {folder}", soft_wrap=True)
 
 

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from router_service.errors import (
     AuthenticationError,
     BudgetError,
+    NotAdminError,
     OverloadError,
     RateLimitError,
     StateError,
@@ -66,6 +67,13 @@ class Admission:
         if not names:
             raise AuthenticationError("this API key is not known")
         return names[0]
+
+    def authenticate_admin(self, authorization: bytes | None) -> str:
+        """As `authenticate`, of a key that may change the fleet; without keys everybody may. Raises `NotAdminError`."""
+        name = self.authenticate(authorization)
+        if self._digests and name not in self._settings.admins:
+            raise NotAdminError(f"the API key {name!r} may not change the fleet: ROUTER_ADMINS does not name it")
+        return name
 
     async def admit(
         self,

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from contextlib import aclosing
-from dataclasses import replace
-from typing import cast
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, cast
 
 from experts.cards import ExpertCard
 from experts.errors import ExpertError, ExpertRequestError, ExpertTimeoutError, ExpertUnavailableError
 from experts.expert import Expert, ExpertRequest, Part, Usage
-from router_service.core.ceilings import CostCeiling, Grant
 from router_service.core.trace import CallRecord, Trace
 from router_service.metrics import Metrics
+from routers.ceilings import ASSUMED_OUTPUT, BYTES_PER_TOKEN, CostCeiling, Grant
 from routers.policy import Ceilings
+from routers.query import query_from_body
+from routers.strategies.deadline import close
+from routers.strategies.replies import Reply, as_stream
+
+logger = logging.getLogger(__name__)
 
 _SLACK_S = 0.25
 """A call may outlive the deadline by this much: its first call need not be made anew for the microseconds since."""
@@ -42,11 +48,33 @@ class Lane:
         self._under_way -= 1
 
 
+@dataclass(slots=True)
+class _Open:
+    """A call under way. `sent`: its expert was asked; `grant`: what it may use; `usage`: what it said that it used."""
+
+    record: CallRecord
+    lane: Lane
+    request: ExpertRequest
+    grant: Grant | None = None
+    usage: Usage | None = None
+    sent: bool = False
+    started: float = field(default_factory=time.perf_counter)
+
+    def take(self, part: Part) -> None:
+        """Count a part of its reply."""
+        if part.data:
+            if self.record.first_part_s is None:
+                self.record.first_part_s = time.perf_counter() - self.started
+            self.record.parts += 1
+        self.usage = part.usage or self.usage
+
+
 class Caller:
     """The `Call` of one request: its calls share a deadline (`time.monotonic`) and the policy's ceilings.
 
-    `ceiling_usd` stops further calls once so much is spent; `ceilings.cost_usd` is never exceeded.
-    `input_tokens` is the prompt's estimated length, by which a call that was cut off is charged.
+    `ceiling_usd` stops further calls once so much is spent; `ceilings.cost_usd` is never exceeded
+    (`routers.ceilings`). Under it a whole answer is asked for as a stream too, so that one without an end is seen to
+    grow, and can be ended.
     """
 
     def __init__(
@@ -58,7 +86,6 @@ class Caller:
         deadline: float,
         ceiling_usd: float | None = None,
         ceilings: Ceilings | None = None,
-        input_tokens: int = 0,
     ) -> None:
         self._lanes = lanes
         self._trace = trace
@@ -67,7 +94,6 @@ class Caller:
         self._ceiling_usd = ceiling_usd
         self._most_calls = ceilings.calls if ceilings else None
         self._cost = CostCeiling(ceilings.cost_usd) if ceilings and ceilings.cost_usd else None
-        self._input_tokens = input_tokens
         self._opened: list[AsyncGenerator[Part]] = []
 
     def __call__(self, expert: str, request: ExpertRequest, *, why: str) -> AsyncIterator[Part]:
@@ -77,63 +103,67 @@ class Caller:
         return parts
 
     async def close(self) -> None:
-        """Stop every call that is still under way."""
-        for parts in self._opened:
-            await parts.aclose()
+        """Stop every call that is still under way; one that ends badly, or not in time, is logged and left."""
+        ends = await asyncio.gather(*map(close, self._opened), return_exceptions=True)
+        for end in ends:
+            if end is not None:
+                logger.error("a call did not end well", exc_info=end)
 
     async def embed(self, expert: str, request: ExpertRequest, *, why: str) -> Part:
         """The expert's embeddings."""
-        record, lane = self._begin(expert, why)
-        started = time.perf_counter()
-        try:
-            part = await lane.expert.embed(self._bounded(request))
-            record.usage = part.usage or Usage()
+        with self._recorded(expert, request, why) as opened:
+            part = await opened.lane.expert.embed(opened.request)
+            opened.usage = part.usage
             return part
-        except ExpertError as error:
-            _note(record, error)
-            raise
-        finally:
-            self._end(lane, record, started)
 
     async def _call(self, expert: str, request: ExpertRequest, why: str) -> AsyncGenerator[Part]:
-        record, lane = self._begin(expert, why)
-        started = time.perf_counter()
-        usage: Usage | None = None
-        grant: Grant | None = None
-        refused = False
-        try:
-            request = self._bounded(request)
-            if self._cost:
-                grant, request = self._cost.grant(lane.card, request)
-            async with aclosing(cast("AsyncGenerator[Part]", lane.expert.generate(request))) as parts:
+        with self._recorded(expert, request, why) as opened:
+            whole = Reply(expert) if self._cost and not request.stream else None
+            if whole:
+                opened.request = replace(opened.request, body=_streamed(opened.request.body))
+            generated = cast("AsyncGenerator[Part]", opened.lane.expert.generate(opened.request))
+            async with aclosing(generated) as parts:
                 async for part in parts:
-                    if part.data:
-                        if record.first_part_s is None:
-                            record.first_part_s = time.perf_counter() - started
-                        record.parts += 1
-                    usage = part.usage or usage
-                    if grant and request.stream and part.data and not grant.take(part.data):
-                        raise ExpertUnavailableError(f"expert {expert!r} wrote more than {grant.output_tokens} tokens")
+                    opened.take(part)
+                    self._check_cost(opened, part)
+                    if whole is None:
+                        yield part
+                    else:
+                        whole.add(part)
+            if whole:
+                whole.check_ended()
+                for part in whole.for_client(request, logprobs=False):
                     yield part
+
+    @contextmanager
+    def _recorded(self, expert: str, request: ExpertRequest, why: str) -> Iterator[_Open]:
+        """Bracket one call: its place, time and money are taken before it, its record is complete after it."""
+        record, lane = self._begin(expert, why)
+        opened = _Open(record, lane, request)
+        free = False
+        try:
+            opened.request = self._bounded(request)
+            if self._cost:
+                opened.grant, opened.request = self._cost.grant(lane.card, opened.request)
+            opened.sent = True
+            yield opened
         except ExpertError as error:
-            refused = not record.parts and not isinstance(error, ExpertTimeoutError)
+            free = not record.parts and not isinstance(error, ExpertTimeoutError)
             _note(record, error)
             raise
         except GeneratorExit:
-            if not usage:
-                record.outcome, record.error = "cut_off", "cut off"
+            _cut_off(opened)
             raise
         except asyncio.CancelledError as stopped:
             if stopped.args:  # by a strategy's deadline, which says why
                 _note(record, ExpertTimeoutError(stopped.args[0]))
-            elif not usage:
-                record.outcome, record.error = "cut_off", "cut off"
+            else:
+                _cut_off(opened)
             raise
         finally:
-            record.usage = usage or (Usage() if refused else self._guess(record, grant))
-            self._end(lane, record, started)
-            if self._cost and grant:
-                self._cost.settle(grant, record.cost_usd)
+            if free or not opened.sent:
+                opened.usage = opened.usage or Usage()
+            self._end(opened)
 
     def _begin(self, expert: str, why: str) -> tuple[CallRecord, Lane]:
         lane = self._lanes.get(expert)
@@ -148,11 +178,23 @@ class Caller:
         self._trace.calls.append(record)
         return record, lane
 
-    def _end(self, lane: Lane, record: CallRecord, started: float) -> None:
-        lane.leave()
-        record.latency_s = time.perf_counter() - started
-        record.cost_usd = lane.card.cost(record.usage)
+    def _end(self, opened: _Open) -> None:
+        record, card, grant = opened.record, opened.lane.card, opened.grant
+        opened.lane.leave()
+        record.latency_s = time.perf_counter() - opened.started
+        record.estimated = opened.usage is None
+        record.usage = opened.usage or _guess(opened)
+        record.cost_usd = card.cost(record.usage)
+        if self._cost and grant:
+            self._cost.settle(grant, None if record.estimated else record.cost_usd)
+            if record.cost_usd > grant.usd:
+                _note_excess(record, grant.usd)
         self._metrics.count_call(record)
+
+    def _check_cost(self, opened: _Open, part: Part) -> None:
+        if self._cost and opened.grant and part.data and not self._cost.take(opened.grant, opened.lane.card, part.data):
+            message = f"expert {opened.record.expert!r} wrote more than the policy's ceiling of cost pays for"
+            raise ExpertUnavailableError(message)
 
     def _bounded(self, request: ExpertRequest) -> ExpertRequest:
         remaining_s = self._deadline - time.monotonic()
@@ -162,13 +204,44 @@ class Caller:
             return request
         return replace(request, timeout_s=remaining_s)
 
-    def _guess(self, record: CallRecord, grant: Grant | None) -> Usage:
-        """The usage of a call that never told it: the prompt, and a token for each part."""
-        record.estimated = True
-        written = record.parts if grant is None else min(grant.used, grant.output_tokens)
-        return Usage(input_tokens=self._input_tokens, output_tokens=written)
+
+def _streamed(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of a whole answer as one that asks for a stream. Raises `ExpertRequestError` where there is none."""
+    if (body.get("best_of") or 1) > 1:
+        message = "this policy has a ceiling of cost, under which 'best_of' must be 1: it has no stream"
+        raise ExpertRequestError(message, param="best_of", code="invalid_value")
+    return as_stream(body)
+
+
+def _guess(opened: _Open) -> Usage:
+    """The likely usage of a call that never told it: its own prompt, and of output what was seen of a stream.
+
+    Of a whole answer nothing is seen before its end: it may have used all that it was allowed.
+    """
+    request, record, grant = opened.request, opened.record, opened.grant
+    query = query_from_body(request.endpoint, request.body)
+    if request.stream:
+        written = max(record.parts, grant.used // BYTES_PER_TOKEN if grant else 0)
+    else:
+        bound = ASSUMED_OUTPUT if query.max_output_tokens is None else query.max_output_tokens
+        written = 0 if record.parts else bound * query.choices
+    return Usage(input_tokens=query.input_tokens, output_tokens=written)
+
+
+def _cut_off(opened: _Open) -> None:
+    if not opened.usage:
+        opened.record.outcome, opened.record.error = "cut_off", "cut off"
 
 
 def _note(record: CallRecord, error: ExpertError) -> None:
     record.outcome = "refused" if isinstance(error, ExpertRequestError) else "error"
     record.error = f"{type(error).__name__}: {error}"
+
+
+def _note_excess(record: CallRecord, allowed_usd: float) -> None:
+    """Charge what was allowed; where the expert claims more, that is its fault."""
+    if not record.estimated and not record.error:
+        used = f"{record.usage.input_tokens} tokens read and {record.usage.output_tokens} written"
+        message = f"expert {record.expert!r} says that it used more than it was allowed: {used}"
+        _note(record, ExpertUnavailableError(f"{message}, {record.cost_usd:g} USD of {allowed_usd:g}"))
+    record.cost_usd = allowed_usd

@@ -7,9 +7,9 @@ vectors are of one space, since their documents' side is the same. The answer sa
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -23,6 +23,8 @@ from routers.policy import Fallbacks
 _ROUTED = "the router chose it for {} of {} texts"
 _FELL_BACK = "it is next for {} of {} texts"
 
+T = TypeVar("T")
+
 Items = dict[int, dict[str, Any]]
 """By a text's place: its item of the answer."""
 
@@ -30,11 +32,13 @@ Items = dict[int, dict[str, Any]]
 async def embed_routed(
     decisions: Sequence[Decision], request: ExpertRequest, caller: Caller, fallbacks: Fallbacks
 ) -> AsyncIterator[Part]:
-    """The one part of the answer. Where an expert cannot answer, its texts go to the next of their ranking.
+    """The one part of the answer. Where an expert cannot answer, or not in time, its texts go to the next they rank.
 
     Raises what an expert raised that was the last that could be tried.
     """
     texts = texts_of(request.body)
+    if fallbacks.attempt_timeout_s is not None:
+        request = replace(request, timeout_s=min(request.timeout_s, fallbacks.attempt_timeout_s))
     items: Items = {}
     tokens = 0
     for attempt in range(min(fallbacks.max_attempts, min(len(decision.ranking) for decision in decisions))):
@@ -46,7 +50,7 @@ async def embed_routed(
             for expert, places in groups.items()
         ]
         failures: list[ExpertError] = []
-        for answer in await asyncio.gather(*calls):
+        for answer in await _together(calls):
             if isinstance(answer, ExpertError):
                 failures.append(answer)
             else:
@@ -58,6 +62,17 @@ async def embed_routed(
         raise failures[0]
     usage = Usage(input_tokens=tokens)
     yield Part(_answer([items[place] for place in range(len(texts))], usage), usage)
+
+
+async def _together(calls: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """What all calls give. Where one raises, the others are stopped, and have ended, before it is raised here."""
+    tasks = [asyncio.create_task(call) for call in calls]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _embed(

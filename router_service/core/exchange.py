@@ -21,15 +21,12 @@ from router_service.core.service import Service
 from router_service.core.trace import Trace
 from router_service.errors import StateError, UnavailableError
 from router_service.state.ledger import LEDGER
+from routers.ceilings import ASSUMED_OUTPUT
 from routers.contracts import Decision, Query
 from routers.policy import check_able
 from routers.query import query_from_body
 
 logger = logging.getLogger(__name__)
-
-_ASSUMED_OUTPUT = 1024
-"""Output tokens that are reserved for a request that names no bound."""
-
 
 _MAX_REQUEST_ID = 256
 
@@ -128,7 +125,7 @@ class Exchange:
         if self._service.ledger.full:
             raise UnavailableError("usage cannot be recorded now", retry_after_s=1.0)
         query = self.query
-        bound = _ASSUMED_OUTPUT if query.max_output_tokens is None else query.max_output_tokens
+        bound = ASSUMED_OUTPUT if query.max_output_tokens is None else query.max_output_tokens
         output = bound * query.choices
         usage = Usage(input_tokens=query.input_tokens, output_tokens=output)
         cards = self.plan.cards if self.plan else [self._service.cards[cast("str", self.expert)]]
@@ -189,7 +186,6 @@ class Exchange:
             deadline=time.monotonic() + self.timeout_s,
             ceiling_usd=self.plan.policy.max_cost_usd if self.plan else None,
             ceilings=self.plan.policy.ceilings if self.plan else None,
-            input_tokens=self.query.input_tokens,
         )
         return self._caller
 

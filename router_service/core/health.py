@@ -39,6 +39,12 @@ class HealthMonitor:
         if self._suspects:
             self._suspected.set()
 
+    def forget(self, expert: str) -> None:
+        """An expert is there no more."""
+        self.down -= {expert}
+        self.seen -= {expert}
+        self._metrics.set_expert_up(expert, False)
+
     async def watch(self) -> None:
         """Look every few seconds; runs until cancelled."""
         while True:
@@ -57,15 +63,17 @@ class HealthMonitor:
 
     async def look(self, experts: Iterable[str]) -> None:
         """Ask `experts`."""
-        names = list(experts)
-        answers = await asyncio.gather(*(self._healthy(name) for name in names))
-        asked_down = frozenset(name for name, up in zip(names, answers, strict=True) if not up)
-        down = self.down - frozenset(names) | asked_down
-        for name, up in zip(names, answers, strict=True):
+        asked = [name for name in experts if name in self._experts]
+        told = await asyncio.gather(*(self._healthy(name) for name in asked))
+        answers = {name: up for name, up in zip(asked, told, strict=True) if name in self._experts}
+        names = frozenset(answers)
+        asked_down = frozenset(name for name, up in answers.items() if not up)
+        down = self.down - names | asked_down
+        for name, up in answers.items():
             self._metrics.set_expert_up(name, up)
         for name in down ^ self.down:
             logger.warning("expert %r is %s", name, "down" if name in down else "up again")
-        self.seen |= frozenset(names) - asked_down
+        self.seen |= names - asked_down
         self.down, self.looked = down, True
 
     async def _healthy(self, name: str) -> bool:

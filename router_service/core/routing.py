@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -38,12 +38,11 @@ class RouterSlot:
     `promotion` is the last that was tried, `in_use` the one whose artefact answers now.
     """
 
-    def __init__(self, choice: RouterChoice, cards: Sequence[ExpertCard], load: LoadRouter, metrics: Metrics) -> None:
+    def __init__(self, choice: RouterChoice, load: LoadRouter, metrics: Metrics) -> None:
         self.name = choice.name
         self.fault: str | None = None
         self.promotion: Promotion | None = None
         self.in_use: Promotion | None = None
-        self._cards = cards
         self._choice = choice
         self._load = load
         self._metrics = metrics
@@ -70,11 +69,11 @@ class RouterSlot:
         self._metrics.count_load(self.name, ok=True)
         logger.info("router %r is loaded%s", self.name, f" from {str(folder)!r}" if folder else "")
 
-    async def estimate(self, query: Query) -> Estimates:
-        """Estimates for all cards, [1, E]. Raises `UnavailableError` if there is no router yet."""
+    async def estimate(self, query: Query, cards: Sequence[ExpertCard]) -> Estimates:
+        """Estimates for `cards`, [1, E]. Raises `UnavailableError` if there is no router yet."""
         if self._batcher is None:
             raise UnavailableError(self.fault or f"router {self.name!r} is being loaded", retry_after_s=1.0)
-        return await self._batcher.estimate(query)
+        return await self._batcher.estimate(query, cards)
 
     def close(self) -> None:
         """End the router's thread."""
@@ -86,12 +85,12 @@ class RouterSlot:
         if self._batcher:
             self._batcher.router = router
         else:
-            self._batcher = EstimateBatcher(router, self._cards)
+            self._batcher = EstimateBatcher(router)
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A policy in service: with its router and its strategy."""
+    """A policy in service: with its router, its strategy, and the cards it chooses among."""
 
     policy: Policy
     slot: RouterSlot
@@ -103,7 +102,7 @@ class Plan:
 
         What is known of an expert's health is some seconds old: one that was down may be the only one that is left.
         """
-        estimates = await self.slot.estimate(query)
+        estimates = await self.slot.estimate(query, self.cards)
         whole = self.policy.choose(estimates, self.cards, query)
         last = [candidate for candidate in whole.ranking if candidate.expert in down]
         up = [i for i, card in enumerate(self.cards) if card.name not in down]
@@ -116,6 +115,11 @@ class Plan:
         names = ", ".join(candidate.expert for candidate in last)
         reason = f"{decision.reason}; tried last, being down: {names}"
         return replace(decision, ranking=[*decision.ranking, *last], reason=reason)
+
+
+def able(policy: Policy, cards: Iterable[ExpertCard]) -> list[ExpertCard]:
+    """The cards of those who can do what `policy` serves."""
+    return [card for card in cards if (card.kind == "embedding") == (policy.serves == "embeddings")]
 
 
 async def watch_promotions(link: RedisLink, slots: Sequence[RouterSlot]) -> None:

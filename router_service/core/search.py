@@ -22,14 +22,14 @@ class SearchIndex:
     async def answer(self, embedded: bytes, count: int) -> bytes:
         """The JSON of a search's answer, from that of the queries' embeddings.
 
-        Raises `BadRequestError` where they are vectors of another length than the documents'.
+        Raises `BadRequestError` where a vector is of another encoder than the documents'.
         """
         answer = orjson.loads(embedded)
         items, model = answer["data"], answer["model"]
+        for item in items:
+            if item.get("encoder") != self._index.encoder:
+                raise BadRequestError(self._of_another(item.get("expert", model), item.get("encoder")), param="model")
         queries = np.array([item["embedding"] for item in items], np.float32)
-        if queries.shape[1] != self._index.dimensions:
-            message = f"this expert's vectors have {queries.shape[1]} values, the index's {self._index.dimensions}"
-            raise BadRequestError(message, param="model")
         found = await asyncio.to_thread(self._index.search, queries, count)
         data = [
             {
@@ -41,6 +41,14 @@ class SearchIndex:
             for place, (item, hits) in enumerate(zip(items, found, strict=True))
         ]
         return orjson.dumps({"object": "list", "data": data, "model": model, "usage": answer["usage"]})
+
+    def _of_another(self, expert: str, encoder: object) -> str:
+        """Why an expert cannot search here: two encoders' vectors may be as long, but mean different things."""
+        said = f"are of the encoder {str(encoder)[:12]}" if encoder else "do not say of which encoder they are"
+        return (
+            f"expert {expert!r} cannot search this index: its vectors {said}, the index's are of "
+            f"{self._index.encoder[:12]} (weights, tokenizer, max_tokens and pooling must be the same)"
+        )
 
     def close(self) -> None:
         """Close its files."""

@@ -9,14 +9,17 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 from experts.cards import ExpertCard
 from experts.expert import Endpoint, Expert
+from experts.fleet import FleetEntry
+from router_service.core.adapters import Adapters
 from router_service.core.admission import Admission, Gate
 from router_service.core.calls import Lane
 from router_service.core.health import HealthMonitor
-from router_service.core.routing import Plan, RouterSlot, watch_promotions
+from router_service.core.routing import Plan, RouterSlot, able, watch_promotions
 from router_service.core.search import SearchIndex
 from router_service.errors import BadRequestError, ModelNotFoundError, StateError
 from router_service.metrics import Metrics
@@ -53,9 +56,9 @@ class Service:
         self.link = link
         self.metrics = metrics
         self.cards = {card.name: card for card in cards}
-        self.experts = experts
+        self.experts = dict(experts)
         self._own = own
-        self.plans = plans
+        self.plans = dict(plans)
         self.lanes = {
             name: Lane(self.cards[name], expert, limit=settings.max_calls_per_expert)
             for name, expert in experts.items()
@@ -66,7 +69,8 @@ class Service:
         self.sessions = Sessions(link)
         self.ledger = LedgerWriter(link, settings.data_folder / "spool", max_entries=settings.ledger_max_entries)
         self.index = SearchIndex(settings.index) if settings.index else None
-        self.health = HealthMonitor(experts, metrics)
+        self.health = HealthMonitor(self.experts, metrics)
+        self.adapters = Adapters(link, self.experts, enlist=self._enlist, dismiss=self._dismiss)
         self._slots: list[RouterSlot] = list({id(plan.slot): plan.slot for plan in plans.values()}.values())
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -74,7 +78,8 @@ class Service:
         """Begin to watch Redis, routers and experts; `unready` says what is missing until they are there."""
         await self.link.probe()
         self.ledger.start()
-        for watch in (self.link.watch(), self.health.watch(), watch_promotions(self.link, self._slots)):
+        promoted = watch_promotions(self.link, self._slots)
+        for watch in (self.link.watch(), self.health.watch(), promoted, self.adapters.watch()):
             self.spawn(watch)
 
     async def close(self) -> None:
@@ -102,6 +107,27 @@ class Service:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()):
             logger.error("background work failed", exc_info=error)
+
+    def _enlist(self, entry: FleetEntry, expert: Expert) -> None:
+        """Route to an adapter that was added."""
+        card = entry.card
+        self.lanes[card.name] = Lane(card, expert, limit=self.settings.max_calls_per_expert)
+        self.experts[card.name] = expert
+        self.cards[card.name] = card
+        self._renew_plans()
+
+    def _dismiss(self, name: str) -> None:
+        """Route to an adapter no more; calls of it that are under way go on."""
+        del self.lanes[name], self.cards[name]
+        del self.experts[name]
+        self._renew_plans()
+        self.health.forget(name)
+
+    def _renew_plans(self) -> None:
+        """Have every policy choose among the cards that there are now; a decision under way keeps its own."""
+        self.plans = {
+            name: replace(plan, cards=able(plan.policy, self.cards.values())) for name, plan in self.plans.items()
+        }
 
     def resolve(self, model: Any, endpoint: Endpoint = "chat/completions") -> tuple[Plan | None, str | None]:
         """The plan or the expert that `model` names for `endpoint`. Raises `BadRequestError`, `ModelNotFoundError`."""
@@ -155,6 +181,7 @@ class Service:
             "routers": {slot.name: slot.fault or ("loaded" if slot.loaded else "loading") for slot in self._slots},
             "promotions": self._promotions(),
             "redis": "up" if self.link.up else "down",
+            "adapters": {name: self.adapters.faults.get(name, "loaded") for name in self.adapters.taken},
             "ledger_spool_entries": self.ledger.depth,
         }
 

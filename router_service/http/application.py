@@ -11,6 +11,7 @@ from experts.expert import Endpoint
 from router_service.core.failures import FAILURES, to_request_error
 from router_service.core.service import Service
 from router_service.errors import ForbiddenOriginError, MethodNotAllowedError, NotFoundError, RequestError
+from router_service.http.adapters import add_adapter, list_adapters, remove_adapter
 from router_service.http.answers import answer
 from router_service.http.connection import ClientGoneError, Connection, Receive, Scope, Send
 from router_service.http.pages import ModelList, show_decision, show_metrics, show_status, take_feedback
@@ -22,6 +23,7 @@ Handler = Callable[[Connection], Awaitable[None]]
 
 _ENDPOINTS: Final[tuple[Endpoint, ...]] = ("chat/completions", "completions", "embeddings")
 _MODEL = "/v1/models/"
+_ADAPTER = "/v1/adapters/"
 
 
 class InternalError(RequestError):
@@ -38,6 +40,7 @@ class Application:
             "/v1/models": {"GET": self._list_models},
             "/v1/route": {"POST": partial(show_decision, service)},
             "/v1/search": {"POST": partial(search, service)},
+            "/v1/adapters": {"GET": partial(list_adapters, service), "POST": partial(add_adapter, service)},
             "/v1/feedback": {"POST": partial(take_feedback, service)},
             "/healthz": {"GET": self._be_alive},
             "/readyz": {"GET": partial(show_status, service)},
@@ -75,6 +78,8 @@ class Application:
         methods = self._routes.get(path)
         if methods is None and path.startswith(_MODEL):
             methods = {"GET": self._show_model}
+        if methods is None and path.startswith(_ADAPTER):
+            methods = {"DELETE": partial(remove_adapter, self.service, name=path.removeprefix(_ADAPTER))}
         if methods is None:
             raise NotFoundError(f"there is no route {path[:128]!r}")
         if connection.method not in methods:

@@ -25,22 +25,28 @@ class ModelList:
 
     def __init__(self, service: Service) -> None:
         self._created = int(time.time())
-        self._models: dict[str, dict[str, Any]] = {}
-        for name, plan in service.plans.items():
-            model = DEFAULT_POLICY if name == DEFAULT_POLICY else f"{DEFAULT_POLICY}:{name}"
-            self._models[model] = self._model(model, "policy", {"description": plan.policy.description})
-        for name, card in service.cards.items():
-            self._models[name] = self._model(name, "expert", card.model_dump(mode="json"))
+        self._service = service
 
     def all(self) -> dict[str, Any]:
         """The list."""
-        return {"object": "list", "data": list(self._models.values())}
+        return {"object": "list", "data": list(self._models().values())}
 
     def one(self, name: str) -> dict[str, Any]:
         """One model. Raises `ModelNotFoundError`."""
-        if name not in self._models:
+        models = self._models()
+        if name not in models:
             raise ModelNotFoundError(f"there is no model {name[:128]!r}", param="model")
-        return self._models[name]
+        return models[name]
+
+    def _models(self) -> dict[str, dict[str, Any]]:
+        """By name, as they are now: adapters come and go."""
+        models: dict[str, dict[str, Any]] = {}
+        for name, plan in self._service.plans.items():
+            model = DEFAULT_POLICY if name == DEFAULT_POLICY else f"{DEFAULT_POLICY}:{name}"
+            models[model] = self._model(model, "policy", {"description": plan.policy.description})
+        for name, card in self._service.cards.items():
+            models[name] = self._model(name, "expert", card.model_dump(mode="json"))
+        return models
 
     def _model(self, name: str, kind: str, details: dict[str, Any]) -> dict[str, Any]:
         owner = {"object": "model", "created": self._created, "owned_by": "router-service"}

@@ -7,7 +7,7 @@ changed while the others stay. A Serve config names the same builders (`deploy/s
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,12 +16,15 @@ from ray import serve
 from ray.serve import Application
 
 from experts.build import build_group
-from experts.errors import ExpertConfigError, ExpertError
-from experts.expert import Expert, Part
-from experts.fleet import POCKET_FLEET, ExpertGroup, Resources, load_fleet
+from experts.errors import ExpertConfigError, ExpertError, ExpertUnavailableError
+from experts.expert import AdapterHost, Expert, Part
+from experts.fleet import POCKET_FLEET, ExpertGroup, FleetEntry, Resources, load_fleet
+from router_service.core.adapters import Adapters
+from router_service.errors import StateError
 from router_service.http.connection import REQUEST_ID, Message, Receive, Scope, Send
 from router_service.serve.wire import ACCEPTED, Reply, Request, pack_error, pack_part, unpack_request
 from router_service.settings import read_settings
+from router_service.state.link import RedisLink
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator
@@ -70,12 +73,14 @@ class ExpertReplica:
     def __init__(self, group: ExpertGroup) -> None:
         self._experts = build_group(group)
         self._restartable = group.head.local is not None
+        self._adapters = _added_adapters(self._experts)
 
     async def generate(self, name: str, request: Request) -> AsyncIterator[Reply]:
         """The reply of the expert `name`, part by part, after the word that it is in work."""
         yield ACCEPTED
         try:
-            parts = cast("AsyncGenerator[Part]", self._experts[name].generate(unpack_request(request)))
+            expert = await self._expert(name)
+            parts = cast("AsyncGenerator[Part]", expert.generate(unpack_request(request)))
             async with aclosing(parts):
                 async for part in parts:
                     yield pack_part(part)
@@ -85,24 +90,76 @@ class ExpertReplica:
     async def embed(self, name: str, request: Request) -> Reply:
         """The embeddings, or the error, of the expert `name`."""
         try:
-            return pack_part(await self._experts[name].embed(unpack_request(request)))
+            return pack_part(await (await self._expert(name)).embed(unpack_request(request)))
         except ExpertError as error:
             return pack_error(error)
 
+    async def load_adapter(self, base: str, name: str, path: str, revision: str | None) -> Reply:
+        """Check an adapter and load it, before it is registered."""
+        try:
+            host = self._experts[base]
+            if not isinstance(host, AdapterHost):
+                raise ExpertConfigError(f"expert {base!r} takes no adapters while it runs")
+            await host.load_adapter(name, path, revision)
+        except ExpertError as error:
+            return pack_error(error)
+        return ACCEPTED
+
     async def healthy(self, name: str) -> bool:
         """Whether the expert `name` could answer now."""
-        return await self._experts[name].healthy()
+        try:
+            return await (await self._expert(name)).healthy()
+        except ExpertError:
+            return False
 
     async def check_health(self) -> None:
-        """Serve's question. A local model that is not healthy gets a new replica; a remote one is as well off here."""
+        """Serve's question. A local model that is not healthy gets a new replica; a remote one is as well off here.
+
+        It comes every few seconds, and is when adapters that were removed are unloaded.
+        """
+        await self._take_over()
         if self._restartable:
             for name, expert in self._experts.items():
                 if not await expert.healthy():
                     raise RuntimeError(f"expert {name!r} is not healthy")
 
+    async def _expert(self, name: str) -> Expert:
+        """The expert `name`; one that is not known may have been added. Raises `ExpertUnavailableError`."""
+        if name not in self._experts:
+            await self._take_over()
+        if name not in self._experts:
+            raise ExpertUnavailableError(f"expert {name!r} is not loaded here", retry_after_s=1.0)
+        return self._experts[name]
+
+    async def _take_over(self) -> None:
+        """Have the adapters that are registered, as far as that can be known now."""
+        if self._adapters:
+            link, adapters = self._adapters
+            if link.up or await link.probe():
+                with suppress(StateError):
+                    await adapters.sync()
+
     async def __del__(self) -> None:
         for expert in getattr(self, "_experts", {}).values():
             await expert.close()
+
+
+def _added_adapters(experts: dict[str, Expert]) -> tuple[RedisLink, Adapters] | None:
+    """Where it is written which adapters were added, and what brings `experts` in line with that."""
+    settings = read_settings()
+    if settings.redis_url is None:
+        return None
+
+    def enlist(entry: FleetEntry, expert: Expert) -> None:
+        experts[entry.name] = expert
+
+    def dismiss(name: str) -> None:
+        del experts[name]
+
+    link = RedisLink(
+        settings.redis_url.get_secret_value(), prefix=settings.redis_prefix, timeout_s=settings.redis_timeout_s
+    )
+    return link, Adapters(link, experts, enlist=enlist, dismiss=dismiss)
 
 
 def experts(args: ExpertsArgs) -> Application:

@@ -12,10 +12,14 @@ from ray.serve.handle import DeploymentHandle
 
 from experts.errors import ExpertError, ExpertTimeoutError, ExpertUnavailableError
 from experts.expert import ExpertRequest, Part
+from experts.fleet import FleetEntry
 from router_service.serve.wire import Reply, pack_request, unpack_reply
 
 ACCEPT_TIMEOUT_S = 5.0
 """How long a request may wait for a replica: while one that died is replaced, another expert answers sooner."""
+
+_LOAD_S = 60.0
+"""How long a replica may take to load an adapter, which it may have to fetch."""
 
 _MARGIN_S = 1.0
 """What an expert has beyond the request's own timeout to say itself that it is late."""
@@ -37,6 +41,7 @@ class HandleExpert:
         self._handle = handle
         self._generate = handle.options(method_name="generate", stream=True)
         self._embed = handle.options(method_name="embed")
+        self._load_adapter = handle.options(method_name="load_adapter")
         self._healthy = handle.options(method_name="healthy")
 
     async def generate(self, request: ExpertRequest) -> AsyncIterator[Part]:
@@ -59,6 +64,18 @@ class HandleExpert:
         """Answer an embeddings request."""
         reply = self._embed.remote(self._name, pack_request(request))
         return unpack_reply(await self._within(request.timeout_s + _MARGIN_S, reply, self._late()))
+
+    async def load_adapter(self, name: str, path: str, revision: str | None = None) -> None:
+        """Have one replica check an adapter and load it; the others do so once it is registered."""
+        reply = self._load_adapter.remote(self._name, name, path, revision)
+        unpack_reply(await self._within(_LOAD_S, reply, self._late()))
+
+    async def unload_adapter(self, name: str) -> None:
+        """Nothing is to do: the replicas see soon that it is registered no more."""
+
+    def adapted(self, entry: FleetEntry) -> HandleExpert:
+        """The expert that answers through the entry's adapter, on the same replicas."""
+        return HandleExpert(entry.name, self._handle, accept_timeout_s=self._accept_timeout_s)
 
     async def healthy(self) -> bool:
         """Whether a replica says so. The caller bounds the time: where there is no replica, the question waits.

@@ -9,7 +9,13 @@ from typing import Any, Literal, TypeAlias, cast
 
 import orjson
 
-from experts.errors import ExpertError, ExpertRequestError, ExpertTimeoutError, ExpertUnavailableError
+from experts.errors import (
+    ExpertConfigError,
+    ExpertError,
+    ExpertRequestError,
+    ExpertTimeoutError,
+    ExpertUnavailableError,
+)
 from experts.expert import Endpoint, ExpertRequest, Part, Usage
 
 Request: TypeAlias = tuple[str, str, bytes, float]
@@ -25,7 +31,8 @@ Reply: TypeAlias = (
 ACCEPTED: Reply = ("accepted",)
 
 _ERRORS: dict[str, type[ExpertError]] = {
-    error.__name__: error for error in (ExpertRequestError, ExpertUnavailableError, ExpertTimeoutError)
+    error.__name__: error
+    for error in (ExpertConfigError, ExpertRequestError, ExpertUnavailableError, ExpertTimeoutError)
 }
 _FIELDS = ("status", "param", "code", "retry_after_s")
 

@@ -26,13 +26,13 @@ from routers.strategies.single import all_failed, another_may
 
 
 class CascadeOptions(StrategyOptions):
-    """At most `steps` experts: those of `experts` in that order, else the first of the ranking, cheapest first.
+    """The steps: all of `experts` in that order, else the first `steps` of the ranking, cheapest first.
 
     `logprobs`: ask experts for their tokens' probabilities, which `acceptance` reads. Switch it off where experts
     refuse to tell them.
     """
 
-    experts: tuple[str, ...] = ()
+    experts: Annotated[tuple[str, ...], Field(max_length=10)] = ()
     steps: Annotated[int, Field(ge=1, le=10)] = 3
     threshold: Annotated[float, Field(ge=0, le=1)] = 0.8
     logprobs: bool = True
@@ -42,13 +42,15 @@ class CascadeOptions(StrategyOptions):
     def _agrees(self) -> CascadeOptions:
         if len(set(self.experts)) < len(self.experts):
             raise ValueError("an expert is named twice")
+        if self.experts and "steps" in self.model_fields_set:
+            raise ValueError("`experts` are the steps, all of them: leave `steps` out")
         return self
 
 
 def cascade_steps(decision: Decision, options: CascadeOptions) -> Sequence[Candidate]:
     """Who is asked, in this order, at most."""
     if options.experts:
-        return chosen(decision, options.experts)[: options.steps]
+        return chosen(decision, options.experts)
     return sorted(decision.ranking[: options.steps], key=lambda candidate: candidate.cost_usd)
 
 

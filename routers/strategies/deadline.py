@@ -1,12 +1,22 @@
-"""Deadlines that say why: who is stopped by one learns its error, and can put it on record."""
+"""Deadlines that say why: who is stopped by one learns its error, and can put it on record.
+
+And ends of calls, for which nobody waits for ever.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 
 from experts.errors import ExpertTimeoutError
+from experts.expert import Part
+
+logger = logging.getLogger(__name__)
+
+CLOSING_S = 2.0
+"""How long, in seconds, is waited for a call to end that nobody wants any more."""
 
 
 @asynccontextmanager
@@ -31,3 +41,14 @@ async def until(by: float, message: str) -> AsyncGenerator[None, None]:
         raise
     finally:
         handle.cancel()
+
+
+async def close(source: AsyncIterator[Part]) -> None:
+    """End a call that may be under way, within `CLOSING_S`."""
+    if not isinstance(source, AsyncGenerator):
+        return
+    try:
+        async with asyncio.timeout(CLOSING_S):
+            await source.aclose()
+    except TimeoutError:
+        logger.error("a call did not end within %g s after it was closed", CLOSING_S)

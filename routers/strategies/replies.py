@@ -9,77 +9,153 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from experts.errors import ExpertError, ExpertRequestError, ExpertUnavailableError
-from experts.expert import ExpertRequest, Part
+from experts.expert import ExpertRequest, Part, Usage
 from routers.contracts import Call
-from routers.strategies.deadline import until
+from routers.strategies.chunks import read_chunk
+from routers.strategies.deadline import CLOSING_S, close, until
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Said:
+    """What one choice of a reply says. `logprobs` are its tokens' log-probabilities, where the expert told them."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    logprobs: list[float] = field(default_factory=list)
+    _tool_calls: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _other: dict[str, Any] = field(default_factory=dict)
+    _told: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, choice: Mapping[str, Any]) -> None:
+        """Take in the choice of the next chunk, as `read_chunk` lets it pass."""
+        delta = choice.get("delta") or {}
+        self.text += delta.get("content") or choice.get("text") or ""
+        self.finish_reason = choice.get("finish_reason") or self.finish_reason
+        self._add_logprobs(choice.get("logprobs") or {})
+        for call in delta.get("tool_calls") or ():
+            _merge_call(self._tool_calls.setdefault(call.get("index", 0), {}), call)
+        for name, value in delta.items():
+            if name == "function_call" and value:
+                _merge_function(self._other.setdefault(name, {}), value)
+            elif name not in {"role", "content", "tool_calls"} and value is not None:
+                before = self._other.get(name)
+                self._other[name] = before + value if isinstance(before, str) and isinstance(value, str) else value
+
+    @property
+    def tool_calls(self) -> list[dict[str, Any]]:
+        """Its calls of tools, in their order."""
+        return [self._tool_calls[index] for index in sorted(self._tool_calls)]
+
+    @property
+    def functions(self) -> list[Any]:
+        """The functions that it calls, in either of the wire format's two ways."""
+        return [*(call.get("function") for call in self.tool_calls), *filter(None, [self._other.get("function_call")])]
+
+    @property
+    def empty(self) -> bool:
+        """Whether it says nothing."""
+        return not (self.text or self._tool_calls or any(self._other.values()))
+
+    def whole(self, request: ExpertRequest, index: int, *, hide_logprobs: bool) -> dict[str, Any]:
+        """The choice as it stands in a whole answer of the endpoint's shape."""
+        logprobs = None if hide_logprobs else self._told or None
+        choice: dict[str, Any] = {"index": index, "logprobs": logprobs, "finish_reason": self.finish_reason}
+        if request.endpoint == "completions":
+            return {**choice, "text": self.text}
+        calls = self.tool_calls
+        content = self.text or (None if self.functions else "")
+        message = {"role": "assistant", "content": content, **self._other}
+        return {**choice, "message": message | ({"tool_calls": calls} if calls else {})}
+
+    def _add_logprobs(self, told: Mapping[str, Any]) -> None:
+        """Keep the numbers for the confidence, and everything for the client: lists one after the other."""
+        tokens = [token["logprob"] for token in told.get("content") or ()] or told.get("token_logprobs") or ()
+        self.logprobs += [min(value, 0.0) for value in tokens if value is not None]
+        for name, value in told.items():
+            before = self._told.get(name)
+            self._told[name] = before + value if isinstance(before, list) and isinstance(value, list) else value
 
 
 @dataclass(slots=True)
 class Reply:
-    """One expert's whole reply. `logprobs` are its tokens' log-probabilities, where it told them."""
+    """One expert's whole reply: its parts, and what each of its choices says, by index.
+
+    A strategy asks for one choice, which is what `text`, `key`, `shown` and `confidence` are about.
+    """
 
     expert: str
     parts: list[Part] = field(default_factory=list)
-    text: str = ""
-    logprobs: list[float] = field(default_factory=list)
-    finish_reason: str | None = None
-    tool_calls: dict[int, dict[str, Any]] = field(default_factory=dict)
-    _other: dict[str, Any] = field(default_factory=dict)
+    choices: dict[int, Said] = field(default_factory=dict)
+    _head: dict[str, Any] = field(default_factory=dict)
 
     def add(self, part: Part) -> None:
         """Take in the next part. Raises `ExpertUnavailableError` for one that is no chunk."""
         self.parts.append(part)
         if not part.data:
             return
-        try:
-            chunk = json.loads(part.data)
-            choices = chunk.get("choices") or ()
-            for choice in choices:
-                self._take(choice)
-        except (ValueError, AttributeError, TypeError) as error:
-            raise ExpertUnavailableError(f"expert {self.expert!r} sent what is no chunk of an answer") from error
+        chunk = read_chunk(part.data, self.expert)
+        self._head = self._head or {key: value for key, value in chunk.items() if key not in {"choices", "usage"}}
+        for choice in chunk.get("choices") or ():
+            self.choices.setdefault(choice.get("index", 0), Said()).add(choice)
+
+    def check_ended(self) -> None:
+        """Raise `ExpertUnavailableError` unless every choice has come to its end."""
+        if not self.choices:
+            raise ExpertUnavailableError(f"expert {self.expert!r} ended without an answer")
+        if not all(said.finish_reason for said in self.choices.values()):
+            raise ExpertUnavailableError(f"expert {self.expert!r} ended in the middle of its answer")
+
+    @property
+    def text(self) -> str:
+        """Its words."""
+        return self._said.text
 
     @property
     def key(self) -> str:
         """What two replies that say the same have in common."""
-        calls = [self.tool_calls[index].get("function") for index in sorted(self.tool_calls)]
-        return normalised(self.text) + (json.dumps(calls, sort_keys=True) if calls else "")
+        functions = self._said.functions
+        return normalised(self.text) + (json.dumps(functions, sort_keys=True) if functions else "")
 
     @property
     def shown(self) -> str:
         """The reply as text for another expert to read."""
-        return self.key if self.tool_calls else self.text
+        return self.key if self._said.functions else self.text
 
     @property
     def confidence(self) -> float | None:
         """The geometric mean of its tokens' probabilities; None where the expert told none."""
-        return math.exp(sum(self.logprobs) / len(self.logprobs)) if self.logprobs else None
+        told = self._said.logprobs
+        return math.exp(sum(told) / len(told)) if told else None
+
+    @property
+    def empty(self) -> bool:
+        """Whether it says nothing."""
+        return self._said.empty
 
     def for_client(self, request: ExpertRequest, *, logprobs: bool) -> list[Part]:
         """The parts that the client of `request` gets; `logprobs` says whether they were the strategy's wish alone."""
         if request.stream:
             return [replace(self._shown(part, hide=logprobs), expert=self.expert) for part in self.parts]
-        return [Part(json.dumps(self._whole(request, hide=logprobs)).encode(), expert=self.expert)]
+        return [Part(json.dumps(self._whole(request, hide=logprobs)).encode(), self.usage, expert=self.expert)]
 
-    def _take(self, choice: Mapping[str, Any]) -> None:
-        delta = choice.get("delta") or {}
-        self.text += delta.get("content") or choice.get("text") or ""
-        self.finish_reason = choice.get("finish_reason") or self.finish_reason
-        self.logprobs += _logprobs(choice.get("logprobs") or {})
-        for call in delta.get("tool_calls") or ():
-            _merge_call(self.tool_calls.setdefault(call.get("index", 0), {}), call)
-        for name, value in delta.items():
-            if name not in {"role", "content", "tool_calls"} and value is not None:
-                before = self._other.get(name)
-                self._other[name] = before + value if isinstance(before, str) and isinstance(value, str) else value
+    @property
+    def usage(self) -> Usage | None:
+        """What the expert said that it used."""
+        return next((part.usage for part in reversed(self.parts) if part.usage), None)
+
+    @property
+    def _said(self) -> Said:
+        return self.choices.get(0) or Said()
 
     def _shown(self, part: Part, *, hide: bool) -> Part:
         if not hide or not part.data:
@@ -91,24 +167,9 @@ class Reply:
 
     def _whole(self, request: ExpertRequest, *, hide: bool) -> dict[str, Any]:
         """The chunks as one answer of the endpoint's shape."""
-        chunks = [json.loads(part.data) for part in self.parts if part.data]
-        head = {key: value for key, value in (chunks[0] if chunks else {}).items() if key not in {"choices", "usage"}}
-        logprobs = None if hide else _joined_logprobs(chunks)
-        choice: dict[str, Any] = {"index": 0, "logprobs": logprobs, "finish_reason": self.finish_reason or "stop"}
-        if request.endpoint == "completions":
-            head["object"], choice["text"] = "text_completion", self.text
-        else:
-            calls = [self.tool_calls[index] for index in sorted(self.tool_calls)]
-            message = {"role": "assistant", "content": self.text or (None if calls else ""), **self._other}
-            head["object"], choice["message"] = "chat.completion", message | ({"tool_calls": calls} if calls else {})
-        return {**head, "choices": [choice], "usage": self._usage()}
-
-    def _usage(self) -> dict[str, int] | None:
-        usage = next((part.usage for part in reversed(self.parts) if part.usage), None)
-        if usage is None:
-            return None
-        total = usage.input_tokens + usage.output_tokens
-        return {"prompt_tokens": usage.input_tokens, "completion_tokens": usage.output_tokens, "total_tokens": total}
+        kind = "text_completion" if request.endpoint == "completions" else "chat.completion"
+        choices = [self.choices[index].whole(request, index, hide_logprobs=hide) for index in sorted(self.choices)]
+        return {**self._head, "object": kind, "choices": choices, "usage": _wire_usage(self.usage)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +196,10 @@ def as_stream(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 async def collect(call: Call, ask: Ask, request: ExpertRequest, *, by: float) -> Reply:
-    """The whole reply to one call, by the loop's time `by`. Raises `ExpertError`."""
+    """The whole reply to one call, by the loop's time `by`.
+
+    Raises `ExpertError`, also for an answer that breaks off or says nothing.
+    """
     clock = asyncio.get_running_loop().time
     sent = replace(request, body=as_stream(ask.body), timeout_s=max(by - clock(), 0.001))
     reply, source = Reply(ask.expert), call(ask.expert, sent, why=ask.why)
@@ -145,7 +209,8 @@ async def collect(call: Call, ask: Ask, request: ExpertRequest, *, by: float) ->
                 reply.add(part)
     finally:
         await close(source)
-    if not any(part.data for part in reply.parts):
+    reply.check_ended()
+    if reply.empty:
         raise ExpertUnavailableError(f"expert {ask.expert!r} ended without an answer")
     return reply
 
@@ -171,49 +236,43 @@ async def collect_all(
         await _cancelled(places)
 
 
-async def close(source: AsyncIterator[Part]) -> None:
-    """End a call that may be under way."""
-    if isinstance(source, AsyncGenerator):
-        await source.aclose()
-
-
 def normalised(text: str) -> str:
     """A text without what makes no difference to what it says: case, outer and doubled spaces, a last full stop."""
     return re.sub(r"\s+", " ", text).strip().lower().removesuffix(".")
 
 
 async def _cancelled(tasks: Iterable[asyncio.Task[Reply]]) -> None:
-    for task in tasks:
+    """Stop calls that are under way, and wait for their ends, but not for ever."""
+    waiting = set(tasks)
+    for task in waiting:
         task.cancel()
-    for task in tasks:
-        with suppress(asyncio.CancelledError, ExpertError):
-            await task
+    done, late = await asyncio.wait(waiting, timeout=CLOSING_S)
+    for task in done:
+        if not task.cancelled():
+            task.exception()  # looked at, so that it is not reported as forgotten
+    if late:
+        logger.error("%d calls did not end within %g s after they were cancelled", len(late), CLOSING_S)
+
+
+def _wire_usage(usage: Usage | None) -> dict[str, int] | None:
+    if usage is None:
+        return None
+    total = usage.input_tokens + usage.output_tokens
+    return {"prompt_tokens": usage.input_tokens, "completion_tokens": usage.output_tokens, "total_tokens": total}
 
 
 def _merge_call(call: dict[str, Any], delta: Mapping[str, Any]) -> None:
-    """Add a tool call's next piece: its arguments grow, all else is said once."""
+    """Add a tool call's next piece: its function's arguments grow, all else is said once."""
     for name, value in delta.items():
-        if name == "function":
-            function = call.setdefault("function", {})
-            for part, text in (value or {}).items():
-                function[part] = function.get(part, "") + text if part == "arguments" else text
-        elif name != "index" and value is not None:
+        if name == "function" and value:
+            _merge_function(call.setdefault(name, {}), value)
+        elif name not in {"index", "function"} and value is not None:
             call[name] = value
 
 
-def _logprobs(found: Mapping[str, Any]) -> list[float]:
-    """Of a chat's chunk or a completion's."""
-    tokens = found.get("content") or ()
-    return [token["logprob"] for token in tokens] or [
-        value for value in found.get("token_logprobs") or () if value is not None
-    ]
-
-
-def _joined_logprobs(chunks: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """All chunks' log-probabilities in one object: lists are put one after the other."""
-    joined: dict[str, Any] = {}
-    for chunk in chunks:
-        for choice in chunk.get("choices") or ():
-            for name, value in (choice.get("logprobs") or {}).items():
-                joined[name] = [*(joined.get(name) or ()), *value] if isinstance(value, list) else value
-    return joined or None
+def _merge_function(function: dict[str, Any], delta: Mapping[str, Any]) -> None:
+    for name, value in delta.items():
+        if name == "arguments":
+            function[name] = function.get(name, "") + (value or "")
+        elif value is not None:
+            function[name] = value

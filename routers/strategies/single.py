@@ -13,18 +13,19 @@ fault is one that only this expert finds (its context is too short, it lacks the
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
+import orjson
+
 from experts.errors import ExpertError, ExpertRequestError, ExpertTimeoutError, ExpertUnavailableError
 from experts.expert import ExpertRequest, Part
 from routers.contracts import Call, Decision
 from routers.strategies.base import BaseStrategy, StrategyOptions
-from routers.strategies.deadline import until
+from routers.strategies.deadline import close, until
 
 _THIS_EXPERT_ALONE = frozenset(
     {"context_length_exceeded", "model_not_found", "unsupported_endpoint", "unsupported_parameter", "unsupported_value"}
@@ -99,7 +100,7 @@ class _Reply:
             if not self.begun:
                 raise ExpertUnavailableError(f"expert {self._expert!r} ended without an answer")
         finally:
-            await _close(self._source)
+            await close(self._source)
 
     async def _next(self, by: float) -> Part | None:
         what = "finish" if self.begun else "begin"
@@ -107,20 +108,16 @@ class _Reply:
             return await anext(self._source, None)
 
 
-async def _close(source: AsyncIterator[Part]) -> None:
-    if isinstance(source, AsyncGenerator):
-        await source.aclose()
-
-
 def has_content(part: Part, *, stream: bool) -> bool:
     """Whether a client that sees `part` has seen some of the answer."""
     if not stream or not part.data:
         return bool(part.data)
     try:
-        choices = json.loads(part.data).get("choices")
-    except (ValueError, AttributeError):
+        chunk = orjson.loads(part.data)
+    except orjson.JSONDecodeError:
         return True  # not the wire format that we know: let it through
-    return any(map(_choice_has_content, choices or ()))
+    choices = chunk.get("choices") or [] if isinstance(chunk, dict) else None
+    return any(map(_choice_has_content, choices)) if isinstance(choices, list) else True
 
 
 def _choice_has_content(choice: Any) -> bool:

@@ -73,9 +73,10 @@ class VoteStrategy(BaseStrategy[VoteOptions]):
         """The parts of the answer of the highest-ranked expert among the majority. Raises `ExpertError` without any."""
         check_one_choice(request)
         deadline = asyncio.get_running_loop().time() + request.timeout_s
-        voters = self._voters(decision) * self.options.samples
+        candidates = self._voters(decision)
+        voters = candidates * self.options.samples
         asks = [self._ask(voter, request, number) for number, voter in enumerate(voters)]
-        box = _Box([self._weight(voter) for voter in voters])
+        box = _Box([self._weight(voter) for voter in voters], voters=len(candidates))
         async with aclosing(collect_all(call, asks, request, by=deadline)) as replies:
             async for place, reply in replies:
                 box.take(place, reply, self._says)
@@ -106,12 +107,13 @@ class VoteStrategy(BaseStrategy[VoteOptions]):
 
 
 class _Box:
-    """The votes so far; `weights` are those of all voters, by place, the highest-ranked first."""
+    """The votes so far. `weights` are those of all votes by place: a round of all `voters` by rank, and the next."""
 
-    def __init__(self, weights: Sequence[float]) -> None:
+    def __init__(self, weights: Sequence[float], *, voters: int) -> None:
+        self._voters = voters
         self._left = dict(enumerate(weights))
         self._votes: defaultdict[str, float] = defaultdict(float)
-        self._first: dict[str, tuple[int, Reply]] = {}
+        self._first: dict[str, tuple[tuple[int, int], Reply]] = {}
         self._failures: dict[str, ExpertError] = {}
 
     def take(self, place: int, reply: Reply | ExpertError, says: Any) -> None:
@@ -123,8 +125,9 @@ class _Box:
             return
         answer = says(reply)
         self._votes[answer] += weight
-        if answer not in self._first or place < self._first[answer][0]:
-            self._first[answer] = place, reply
+        by_rank = place % self._voters, place
+        if answer not in self._first or by_rank < self._first[answer][0]:
+            self._first[answer] = by_rank, reply
 
     @property
     def decided(self) -> bool:

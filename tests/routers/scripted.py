@@ -21,6 +21,7 @@ def chunk(**delta: Any) -> Part:
 
 
 ROLE, EMPTY = chunk(role="assistant", content=""), chunk(content="")
+STOP = Part(b'{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}')
 END = Part(b"", Usage(3, 2))
 WHOLE = Part(b'{"choices": [{"message": {"content": "four"}}]}', Usage(3, 1))
 DEAD = ExpertUnavailableError("connection lost")
@@ -77,8 +78,7 @@ def says(text: str, *, probability: float | None = None) -> list[Step]:
         Part(json.dumps({"choices": [{"index": 0, "delta": {"content": word}, "logprobs": logprob}]}).encode())
         for word in re.findall(r"\s*\S+", text)
     ]
-    stop = Part(b'{"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}')
-    return [ROLE, *words, stop, Part(b"", Usage(5, len(words)))]
+    return [ROLE, *words, STOP, Part(b"", Usage(5, len(words)))]
 
 
 def text_of(parts: Sequence[Part], *, stream: bool) -> str:

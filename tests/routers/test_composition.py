@@ -139,6 +139,21 @@ def _mean_cost(router: CompositionRouter, table: Observations) -> float:
     return float(np.mean([table.cost_usd[row, e] for row, e in enumerate(chosen)]))
 
 
+def test_a_budget_that_a_table_was_retrained_for_is_kept(
+    table: Observations, fake_embedder: Embedder, tmp_path: Path
+) -> None:
+    router = fitted(table, fake_embedder)
+    half = TableBudget(mean_cost_usd=_mean_cost(router, table) / 2)
+    router.retrain_table(table, half)
+    bound = router.table
+    router.save(tmp_path)
+    for again in (router, load_router(tmp_path, embedder=fake_embedder)):
+        assert isinstance(again, CompositionRouter)
+        assert again.config.budget == half
+        again.retrain_table(table)
+        assert again.table == bound
+
+
 def test_a_budget_of_active_parameters(table: Observations, fake_embedder: Embedder) -> None:
     sizes = {"dates-expert": 2.0, "sums-expert": 2.0, "cities-expert": 2.0, "generalist": 8.0, "base": 1.0}
     router = fitted(table, fake_embedder, budget={"mean_active_parameters": 1.5, "active_parameters": sizes})
@@ -175,6 +190,23 @@ def test_the_assignment_is_the_best_of_all(seed: int, categories: int, experts: 
         if shares @ price[rows, list(choice)] <= budget
     )
     assert shares @ value[rows, chosen] == pytest.approx(best, abs=1e-6)
+
+
+def test_the_assignment_is_exact() -> None:
+    """Forty categories with values so close to each other that a solver with a tolerance stops short of the best."""
+    random = np.random.default_rng(3)
+    categories = 40
+    shares = np.full(categories, 1 / categories)
+    value = np.stack([np.full(categories, 0.9), 0.9 + 1e-4 * random.random(categories)], axis=1)
+    price = np.stack([np.full(categories, 1.0), 1.0 + random.integers(1, 40, categories)], axis=1)
+    budget = 1.0 + 10.0
+    gain, weight, room = value[:, 1] - value[:, 0], (price[:, 1] - 1).astype(int), categories * 10
+    best = np.zeros(room + 1)  # a knapsack: the exact answer by dynamic programming
+    for one, heavy in zip(gain, weight, strict=True):
+        best[heavy:] = np.maximum(best[heavy:], best[: room + 1 - heavy] + one)
+    chosen = assign(shares, value, price, budget)
+    assert gain[chosen == 1].sum() == pytest.approx(best[-1], abs=1e-9)
+    assert weight[chosen == 1].sum() <= room
 
 
 def test_without_a_budget_the_cheapest_of_the_best() -> None:

@@ -16,10 +16,23 @@ from experts.expert import ExpertRequest, Part
 from routers.contracts import Decision
 from routers.errors import RouterConfigError
 from routers.policy import Policy
-from routers.strategies import create_strategy
+from routers.strategies import create_strategy, deadline, replies
 from routers.strategies.acceptance import Acceptance, Logistic
 from routers.strategies.aggregation import aggregation_body, aggregation_text
-from tests.routers.scripted import DEAD, ROLE, FakeFleet, Step, chunk, collect, decision, request, says, text_of
+from tests.routers.scripted import (
+    DEAD,
+    END,
+    ROLE,
+    STOP,
+    FakeFleet,
+    Step,
+    chunk,
+    collect,
+    decision,
+    request,
+    says,
+    text_of,
+)
 
 
 class KeepingFleet(FakeFleet):
@@ -106,6 +119,12 @@ async def test_cheapest_first_of_the_first_ranked_or_as_named() -> None:
     assert fleet.called == ["other", "dear"]
 
 
+async def test_every_expert_named_is_a_step() -> None:
+    fleet = FakeFleet(**{name: says(name, probability=0.1) for name in "abcde"})
+    assert await said("cascade", fleet, experts=list("edcba"), **STRICT) == ("a", "a")
+    assert fleet.called == list("edcba")
+
+
 async def test_a_step_that_fails_is_passed_over_and_a_last_one_leaves_the_best_rejected() -> None:
     fleet = FakeFleet(a=[DEAD], b=says("eight", probability=0.6), c=says("seven", probability=0.4), d=[ROLE, DEAD])
     assert await said("cascade", fleet, steps=4, **STRICT) == ("eight", "b")
@@ -183,12 +202,32 @@ async def test_samples_are_warm_and_differ() -> None:
 async def test_tool_calls_are_votes_too() -> None:
     def calls(city: str) -> list[Step]:
         pieces = [{"name": "weather", "arguments": '{"city": '}, {"arguments": f'"{city}"}}'}]
-        return [chunk(tool_calls=[{"index": 0, "id": "x", "type": "function", "function": f}]) for f in pieces]
+        told = [chunk(tool_calls=[{"index": 0, "id": "x", "type": "function", "function": f}]) for f in pieces]
+        return [*told, STOP]
 
     (whole,) = await run("vote", FakeFleet(a=calls("Rome"), b=calls("Oslo"), c=calls("Oslo")))
     message = json.loads(whole.data)["choices"][0]["message"]
     assert message["content"] is None
     assert message["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Oslo"}'}
+
+
+async def test_calls_of_functions_in_the_old_way_are_votes_too() -> None:
+    def calls(city: str) -> list[Step]:
+        pieces = [{"name": "weather", "arguments": '{"city": '}, {"arguments": f'"{city}"}}'}]
+        return [*(chunk(function_call=piece) for piece in pieces), STOP]
+
+    (whole,) = await run("vote", FakeFleet(a=calls("Rome"), b=calls("Oslo"), c=calls("Oslo")))
+    message = json.loads(whole.data)["choices"][0]["message"]
+    assert message["function_call"] == {"name": "weather", "arguments": '{"city": "Oslo"}'}
+
+
+async def test_a_tie_of_samples_goes_to_the_highest_ranked_too() -> None:
+    fleet = KeepingFleet(a=[], b=[])
+    fleet.queues = {"a": [says("7"), says("8")], "b": [says("9"), says("9")]}
+    fleet.queues["a"][1] = says("9")
+    assert await said("vote", fleet, voters=2, samples=2) == ("9", "a")
+    fleet.queues = {"a": [says("7"), says("8"), says("8")], "b": [says("9"), says("9"), says("6")]}
+    assert await said("vote", fleet, voters=2, samples=3) == ("8", "a")
 
 
 # Mixture of agents
@@ -246,6 +285,128 @@ def test_the_answers_go_where_the_question_is() -> None:
     assert aggregation_body({"prompt": "Q"}, ["x"], "{question}{answers}") == {"prompt": "Q1. x"}
 
 
+# What is no answer
+
+EVIL: dict[str, bytes] = {
+    "choices that are a number": b'{"choices": 5}',
+    "choices that are an object": b'{"choices": {"a": 1}}',
+    "a choice that is text": b'{"choices": ["x"]}',
+    "a delta that is a list": b'{"choices": [{"delta": [1]}]}',
+    "content that is a list": b'{"choices": [{"delta": {"content": [1]}}]}',
+    "content that is a number": b'{"choices": [{"delta": {"content": 7}}]}',
+    "an index that is text": b'{"choices": [{"index": "a", "delta": {}}]}',
+    "tool calls that are text": b'{"choices": [{"delta": {"tool_calls": "x"}}]}',
+    "a tool's index that is text": b'{"choices": [{"delta": {"tool_calls": [{"index": "b"}]}}]}',
+    "arguments that are a list": b'{"choices": [{"delta": {"tool_calls": [{"function": {"arguments": []}}]}}]}',
+    "an end that is an object": b'{"choices": [{"delta": {}, "finish_reason": {}}]}',
+    "logprobs that are a list": b'{"choices": [{"delta": {}, "logprobs": [1]}]}',
+    "a logprob that is missing": b'{"choices": [{"delta": {}, "logprobs": {"content": [{"token": "x"}]}}]}',
+    "a logprob that is null": b'{"choices": [{"delta": {}, "logprobs": {"content": [{"logprob": null}]}}]}',
+    "a logprob that is huge": b'{"choices": [{"delta": {}, "logprobs": {"content": [{"logprob": 1e308}]}}]}',
+    "a logprob beyond all": b'{"choices": [{"delta": {}, "logprobs": {"content": [{"logprob": 1e999}]}}]}',
+    "a logprob of many digits": b'{"choices": [{"delta": {}, "logprobs": {"content": [{"logprob": 1%s}]}}]}'
+    % (b"0" * 400),
+    "a logprob that is no number": b'{"choices": [{"delta": {}, "logprobs": {"content": [{"logprob": NaN}]}}]}',
+    "no object": b"[1, 2]",
+    "no JSON": b"{",
+    "a pit": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("strategy", ["cascade", "vote", "mixture_of_agents", "self_moa"])
+@pytest.mark.parametrize("evil", EVIL)
+async def test_what_is_no_chunk_is_a_failure_of_its_expert(strategy: str, evil: str) -> None:
+    fleet = FakeFleet(a=[chunk(content="x"), Part(EVIL[evil]), STOP])
+    with pytest.raises(ExpertUnavailableError, match="expert 'a' sent what is no chunk of an answer"):
+        await run(strategy, fleet)
+    assert fleet.closed == fleet.called
+
+
+@pytest.mark.parametrize("evil", EVIL)
+async def test_another_step_answers_in_its_stead(evil: str) -> None:
+    fleet = FakeFleet(a=[Part(EVIL[evil])], b=says("nine"))
+    assert await said("cascade", fleet, **STRICT) == ("nine", "b")
+
+
+async def test_odd_logprobs_that_the_wire_format_allows() -> None:
+    whole = {"content": [{"logprob": 1e-6}, {"logprob": -9999.0}]}
+    told = {"choices": [{"index": 0, "delta": {"content": "nine"}, "logprobs": whole}]}
+    fleet = FakeFleet(a=[Part(json.dumps(told).encode()), STOP], b=says("ten"))
+    assert await said("cascade", fleet, **STRICT) == ("ten", "b")
+
+
+@pytest.mark.parametrize("strategy", ["cascade", "vote", "mixture_of_agents", "self_moa"])
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ([], "without an answer"),
+        ([END], "without an answer"),
+        ([ROLE, STOP, END], "without an answer"),
+        ([ROLE, chunk(content="ni")], "in the middle of its answer"),
+        ([ROLE], "in the middle of its answer"),
+    ],
+)
+async def test_an_answer_that_is_empty_or_breaks_off_is_none(strategy: str, script: list[Step], why: str) -> None:
+    with pytest.raises(ExpertUnavailableError, match=why):
+        await run(strategy, FakeFleet(a=script))
+
+
+async def test_how_an_answer_ended_is_what_its_expert_said() -> None:
+    end = Part(b'{"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]}')
+    (whole,) = await run("vote", FakeFleet(a=[chunk(content="9"), end]))
+    assert json.loads(whole.data)["choices"][0]["finish_reason"] == "length"
+
+
+async def test_a_call_that_will_not_end_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where an answer was decided without it, nor where the client hangs up meanwhile."""
+    monkeypatch.setattr(replies, "CLOSING_S", 0.2)
+
+    class Clinging(FakeFleet):
+        async def __call__(self, expert: str, request: ExpertRequest, *, why: str) -> AsyncGenerator[Part, None]:
+            self.calls.append((expert, why, request.timeout_s))
+            try:
+                for step in self.scripts[expert]:
+                    if isinstance(step, Part):
+                        yield step
+                    elif isinstance(step, float):
+                        await asyncio.sleep(step)
+            finally:
+                if expert == "a":
+                    await asyncio.sleep(3)
+
+    fleet = Clinging(a=[ROLE, 30.0], b=says("9"), c=says("9"))
+    async with asyncio.timeout(1.5):
+        assert await said("vote", fleet) == ("9", "b")
+
+    async def holds() -> None:
+        await run("vote", fleet)
+
+    monkeypatch.setattr(replies, "CLOSING_S", 30.0)
+    task = asyncio.create_task(holds())
+    await asyncio.sleep(0.3)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        async with asyncio.timeout(1):
+            await task
+
+
+async def test_a_late_call_that_will_not_close_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadline, "CLOSING_S", 0.1)
+
+    class Stuck(FakeFleet):
+        async def __call__(self, expert: str, request: ExpertRequest, *, why: str) -> AsyncGenerator[Part, None]:
+            try:
+                for step in self.scripts[expert]:
+                    if isinstance(step, Part):
+                        yield step
+            finally:
+                await asyncio.sleep(30 if expert == "a" else 0)
+
+    fleet = Stuck(a=[Part(b"no chunk"), STOP], b=says("9"))
+    async with asyncio.timeout(3):
+        assert await said("cascade", fleet, **STRICT) == ("9", "b")
+
+
 # All of them
 
 
@@ -271,6 +432,7 @@ async def test_a_client_that_hangs_up_ends_every_call(strategy: str) -> None:
     [
         ("cascade", {"threshold": 2}, "threshold"),
         ("cascade", {"experts": ["a", "a"]}, "named twice"),
+        ("cascade", {"experts": ["a", "b"], "steps": 1}, "leave `steps` out"),
         ("vote", {"voters": 0}, "voters"),
         ("mixture_of_agents", {"prompt": "{answers}"}, r"must contain \{question\}"),
         ("self_moa", {"spin": 1}, "spin"),

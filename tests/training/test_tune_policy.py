@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,14 +11,16 @@ from typer.testing import CliRunner
 
 from experts.cards import ExpertCard
 from router_service.cli import app
-from routers.contracts import Observations
+from routers.contracts import Estimates, Observations
 from routers.errors import ObservationError
-from routers.policy import Policy, StrategyChoice, Target, load_policy
-from routers.strategies import create_strategy
+from routers.policy import Ceilings, Policy, StrategyChoice, Target, load_policy
+from routers.registry import AnyRouter, create_router
+from routers.strategies import create_strategy, strategy_names
 from routers.strategies.cascade import CascadeStrategy
+from training import tune_policy as tune_policy_module
 from training.acceptance import fit_acceptance
 from training.observations import ObservedQuery, Table, load_table, write_table
-from training.tune_policy import decide, play, tune_policy
+from training.tune_policy import STRATEGIES, decide, play, tune_policy
 
 CARDS = [
     ExpertCard(name="small", description="cheap", input_price=0.1, output_price=0.4),
@@ -68,31 +71,118 @@ def test_the_score_is_a_probability() -> None:
 
 
 def test_playing_is_what_the_strategy_does(table: Table) -> None:
-    from routers.contracts import Estimates
-
     flat = np.tile(np.array([0.5, 0.8], np.float32), (120, 1))
     estimates = Estimates(quality=flat, cost_usd=table.test.cost_usd, latency_s=flat)
     decisions = decide(BEST, estimates, table.test)
-    single = play(StrategyChoice(), decisions, table.test)
+    single = play(BEST, decisions, table.test)
     np.testing.assert_array_equal(single.quality, table.test.quality[:, 1])
-    assert single.calls == 1
+    assert set(single.calls) == {1}
     rule = {"told": {"quality": 0, "confidence": 1}}
     options = {"steps": 2, "threshold": 0.7, "acceptance": rule}
-    cascade = play(StrategyChoice(name="cascade", options=options), decisions, table.test)
+    stepped = BEST.model_copy(update={"strategy": StrategyChoice(name="cascade", options=options)})
+    cascade = play(stepped, decisions, table.test)
     assert table.test.confidence is not None
     accepted = table.test.confidence[:, 0] >= 0.7
     np.testing.assert_array_equal(cascade.quality, np.where(accepted, *table.test.quality.T))
     np.testing.assert_allclose(cascade.cost_usd, np.where(accepted, 1e-4, 1.1e-3), rtol=1e-5)
+
+    once = play(stepped.model_copy(update={"ceilings": Ceilings(calls=1)}), decisions, table.test)
+    np.testing.assert_array_equal(once.quality, table.test.quality[:, 0])  # the one that may be asked
+    assert set(once.calls) == {1}
+    poor = play(stepped.model_copy(update={"ceilings": Ceilings(cost_usd=3.5e-4)}), decisions, table.test)
+    np.testing.assert_array_equal(poor.quality, table.test.quality[:, 0])  # `large` reads too dearly for that
+    assert poor.cost_usd.max() <= 3.5e-4
+    frugal = BEST.model_copy(update={"ceilings": Ceilings(cost_usd=3.5e-4)})
+    np.testing.assert_array_equal(play(frugal, decisions, table.test).quality, table.test.quality[:, 0])  # falls back
+
+
+def test_an_answer_that_a_ceiling_cuts_short_is_not_the_one_observed(table: Table) -> None:
+    long = replace(table.test, output_tokens=np.full((120, 2), 400, np.float32))
+    estimates = Estimates(quality=long.quality * 0 + 0.5, cost_usd=long.cost_usd, latency_s=long.cost_usd)
+    free = play(BEST, decide(BEST, estimates, long), long)
+    assert free.quality.mean() > 0.4
+    bound = BEST.model_copy(update={"ceilings": Ceilings(cost_usd=0.0005)})
+    cut = play(bound, decide(bound, estimates, long), long)
+    assert not cut.quality.any()
+    assert cut.cost_usd.max() <= 0.0005
+
+
+def test_what_was_not_observed_is_left_out(table: Table) -> None:
+    quality = table.test.quality.copy()
+    quality[:30, 1] = np.nan
+    some = replace(table.test, quality=quality)
+    estimates = Estimates(
+        quality=np.tile(np.array([0.5, 0.8], np.float32), (120, 1)), cost_usd=some.cost_usd, latency_s=some.cost_usd
+    )
+    found = play(BEST, decide(BEST, estimates, some), some)
+    assert np.isnan(found.quality[:30]).all()
+    np.testing.assert_array_equal(found.quality[30:], quality[30:, 1])
 
 
 def test_a_cascade_is_found_where_confidence_tells(table: Table) -> None:
     tuned = tune_policy(BEST, table, Target(within=0.0))
     assert tuned.kept
     assert tuned.policy.strategy.name == "cascade"
-    assert tuned.best_single == "large"
+    assert tuned.against == "large"
+    assert tuned.train_target <= tuned.train_low < tuned.train_quality
     assert tuned.share_of_cost < 0.75
     assert tuned.difference.high > 0
     assert isinstance(create_strategy(tuned.policy), CascadeStrategy)
+
+
+def test_a_target_is_kept_with_confidence_not_by_luck(table: Table) -> None:
+    """What keeps it on the mean alone is not enough, and the margin grows as the queries get fewer."""
+    mean = float(table.train.quality[:, 0].mean())
+    tuned = tune_policy(BEST, table, Target(quality=mean))  # which `small` alone has
+    assert tuned.kept
+    assert tuned.cost_usd_per_1k.value > 1000 * 1.05e-4
+    assert tuned.train_quality > tuned.train_low >= mean
+    few, many = table.train.rows(np.arange(60)), observed(1500, 1)
+    found = [tune_policy(BEST, Table(cards=CARDS, train=t, test=table.test), Target(quality=0.6)) for t in (few, many)]
+    margins = [each.train_quality - each.train_low for each in found]
+    assert margins[0] > 2 * margins[1] > 0
+
+
+def test_ceilings_bound_what_is_tuned(table: Table) -> None:
+    assert tune_policy(BEST, table, Target(within=0.0)).calls > 1
+    once = BEST.model_copy(update={"ceilings": Ceilings(calls=1)})
+    tuned = tune_policy(once, table, Target(within=0.0))
+    assert tuned.calls == 1
+    assert tuned.share_of_cost == pytest.approx(1.0)
+
+
+def test_a_target_may_be_about_one_expert_and_what_is_denied_is_not_tried(table: Table) -> None:
+    tuned = tune_policy(BEST, table, Target(within=0.0, expert="small"))
+    assert (tuned.against, tuned.kept) == ("small", True)
+    assert tuned.share_of_cost == pytest.approx(1.0)
+    with pytest.raises(ObservationError, match="'huge' is not in the table"):
+        tune_policy(BEST, table, Target(within=0.0, expert="huge"))
+    small = Policy.model_validate({**BEST.model_dump(), "constraints": {"deny": {"names": ["large"]}}})
+    denied = tune_policy(small, table, Target(within=0.0))
+    assert denied.against == "small"
+    assert denied.quality == denied.against_quality
+
+
+def test_every_strategy_is_tried_or_said_why_not(table: Table) -> None:
+    tuned = tune_policy(BEST, table, Target(within=0.5))
+    assert {*tuned.not_tried, *STRATEGIES} == {*strategy_names()}
+    assert "wrong answers agree" in tuned.not_tried["vote"]
+
+
+def test_an_artefacts_router_is_tuned_as_it_was_fitted(
+    table: Table, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_router("best", {"seed": 7}).fit(table.train).save(tmp_path)
+    fitted: list[object] = []
+
+    def create(name: str, options: dict[str, object]) -> AnyRouter:
+        fitted.append(options["seed"])
+        return create_router(name, options)
+
+    monkeypatch.setattr(tune_policy_module, "create_router", create)
+    shipped = Policy.model_validate({**BEST.model_dump(), "router": {"name": "best", "artefact": tmp_path}})
+    tune_policy(shipped, table, Target(within=0.0))
+    assert set(fitted) == {7}
 
 
 def test_without_evidence_the_best_expert_stays(table: Table) -> None:
@@ -105,7 +195,8 @@ def test_without_evidence_the_best_expert_stays(table: Table) -> None:
 def test_a_target_out_of_reach_is_said_to_be(table: Table) -> None:
     tuned = tune_policy(BEST, table, Target(quality=0.99))
     assert not tuned.kept
-    assert tuned.quality.value > tuned.best_quality.value
+    assert tuned.train_low < tuned.train_target
+    assert tuned.quality.value > tuned.against_quality.value
 
 
 def test_a_table_without_a_test_split_is_refused(table: Table) -> None:
@@ -152,3 +243,7 @@ def test_the_command_writes_a_policy_that_loads(table: Table, tmp_path: Path) ->
     assert policy.strategy.name == "cascade"
     assert policy.target == Target(within=0.02)
     assert written.read_text().startswith("# Target ")
+    shown = CliRunner().invoke(app, [*command, "--within", "0.02", "--against", "large"])
+    assert "Not tried: vote, for a table says" in shown.output
+    refused = CliRunner().invoke(app, [*command, "--strategy", "self_moa"])
+    assert refused.exit_code != 0

@@ -204,7 +204,7 @@ class Comparison:
             "glider, query against instructions": lambda: self.gated("glider", self._against_instructions),
             "arrow, steered": lambda: self.gated("arrow", lambda g, _: RequestMixture(bias=g.bias)),
             "multi-task LoRA": self.multi_task,
-            "global half alone": lambda: self.gated("glider", lambda g, _: RequestMixture.only(_best(g.scores))),
+            "global half alone": lambda: self.gated("arrow", lambda g, _: RequestMixture.only(_best(g.scores))),
         }
 
     def static(self, wish: Callable[[Asked], RequestMixture]) -> list[bool]:

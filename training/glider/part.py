@@ -77,6 +77,7 @@ def part_key(spec: GliderSpec, name: str) -> str:
         "gate": spec.gate,
         "steps": spec.steps,
         "training": file.model_dump(mode="json", include=set(GateTraining.model_fields) - {"steps"}),
+        "embedder": file.embedder.model_dump(mode="json"),
         "seed": spec.seed,
         "torch": package_versions()["torch"],
     }

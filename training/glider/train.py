@@ -12,6 +12,8 @@ another. With an earlier OUT as `start`, what is the same is taken over, and onl
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 import time
@@ -30,7 +32,7 @@ from training.errors import TrainJobError
 from training.glider.part import OnProgress, Part, make_part, part_key
 from training.glider.spec import GliderSpec, check_adapters
 from training.manifest import git_commit, package_versions
-from training.work_folder import work_folder
+from training.work_folder import publish, started_at, work_folder
 
 MANIFEST = "experts.json"
 
@@ -77,18 +79,19 @@ def train_glider(spec: GliderSpec, *, resume: bool = True, on_progress: OnProgre
     A killed run goes on where it was, in `OUT.part`. Raises `TrainJobError`, `MixingError` or `RoutingError`.
     """
     check_adapters(spec)
-    started_at, keys = time.time(), {name: part_key(spec, name) for name in spec.file.tasks}
+    keys = {name: part_key(spec, name) for name in spec.file.tasks}
     if spec.out.exists():
         return _finished(spec, keys)
-    with work_folder(spec.out, resume) as work:
-        _take_over(spec, keys, work)
-        parts = _make_parts(spec, keys, work / "parts", on_progress)
+    with work_folder(spec.out, _run_key(keys), resume) as work:
+        whole = work / "mixture"
+        _take_over(spec, keys, whole / "parts")
+        parts = _make_parts(spec, keys, whole / "parts", on_progress)
         assemble_mixture(
-            {name: work / "parts" / name / GATE_FILE for name in parts},
+            {name: whole / "parts" / name / GATE_FILE for name in parts},
             {name: spec.adapter(name) for name in parts},
-            work,
+            whole,
         )
-        fit_router(spec, parts).save(work / "router")
+        fit_router(spec, parts).save(whole / "router")
         manifest = GliderManifest(
             base=spec.base,
             gate=spec.gate,
@@ -97,12 +100,17 @@ def train_glider(spec: GliderSpec, *, resume: bool = True, on_progress: OnProgre
             experts={name: _described(part) for name, part in parts.items()},
             versions=package_versions(),
             git_commit=git_commit(),
-            started_at=started_at,
+            started_at=started_at(work),
             finished_at=time.time(),
         )
-        (work / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
-        work.rename(spec.out)
+        (whole / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
+        publish(whole, spec.out)
     return manifest
+
+
+def _run_key(keys: Mapping[str, str]) -> str:
+    """A hash of all that decides the mixture."""
+    return hashlib.sha256(json.dumps(keys).encode()).hexdigest()
 
 
 def fit_router(spec: GliderSpec, parts: Mapping[str, Part]) -> AnyRouter:
@@ -151,14 +159,14 @@ def _finished(spec: GliderSpec, keys: Mapping[str, str]) -> GliderManifest:
     return manifest
 
 
-def _take_over(spec: GliderSpec, keys: Mapping[str, str], work: Path) -> None:
+def _take_over(spec: GliderSpec, keys: Mapping[str, str], parts: Path) -> None:
     """Copy the parts that an earlier run made of the same."""
     if spec.start is None:
         return
     old = GliderManifest.read(spec.start)
     for name, key in keys.items():
-        if name in old.experts and old.experts[name].key == key and not (work / "parts" / name).exists():
-            shutil.copytree(spec.start / "parts" / name, work / "parts" / name)
+        if name in old.experts and old.experts[name].key == key and not (parts / name).exists():
+            shutil.copytree(spec.start / "parts" / name, parts / name)
 
 
 def _make_parts(spec: GliderSpec, keys: Mapping[str, str], folder: Path, on_progress: OnProgress) -> dict[str, Part]:

@@ -1,4 +1,7 @@
-"""What routing costs beside encoding: batches of queries through the base alone, and through base, pilots, adapters."""
+"""What routing costs beside encoding: batches of queries through the base alone, and through base, pilots, adapters.
+
+Texts are tokenized at every pass, as in a service, where router and expert each read the text.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 
 from experts.embedding.adapters import AdaptedEncoder
 from experts.embedding.encoder import Encoder, EncoderFiles
+from routers.contracts import FloatArray
 from routers.registry import load_router
 from routers.router_retriever import RouterRetriever
 from training.observations import read_rows
@@ -32,20 +36,20 @@ def bench(folder: Path) -> dict[str, float]:
         raise TypeError(f"{folder} holds a {router.name!r} router")
     rows = [row.query for row in read_rows(folder / "observations")]
     queries = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))[:_BATCH]]
-    tokens = encoder.tokenize(queries)
-    nothing = [None] * len(tokens)
+    nothing = [None] * len(queries)
     owners = [router.cards[place].name for place in router.owners]
 
-    def routed() -> None:
-        first = encoder.encode(tokens, nothing)
-        chosen = [owners[place] for place in router.similarity(first).argmax(1)]
-        encoder.encode(tokens, [None if name == manifest.base else name for name in chosen])
+    def plain() -> FloatArray:
+        return encoder.encode(encoder.tokenize(queries), nothing)
 
-    base = _median_ms(lambda: encoder.encode(tokens, nothing))
+    def routed() -> None:
+        chosen = [owners[place] for place in router.similarity(plain()).argmax(1)]
+        encoder.encode(encoder.tokenize(queries), [None if name == manifest.base else name for name in chosen])
+
+    base = _median_ms(plain)
     both = _median_ms(routed)
-    many = _many_experts(router, encoder.encode(tokens, nothing).shape[1])
-    query = encoder.encode(tokens[:1], nothing[:1])
-    batch = encoder.encode(tokens, nothing)
+    batch = plain()
+    query, many = batch[:1], _many_experts(router, batch.shape[1])
     return {
         "base_encoder_ms": base,
         "routing_and_encoding_ms": both,

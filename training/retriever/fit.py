@@ -2,13 +2,14 @@
 
 Documents stay as the frozen encoder has them, so their vectors are computed once, before training, and an index that
 exists stays good. The loss of a batch of pairs is the cross-entropy of each query's own text among those of others,
-cosines over a temperature. How much of what was learnt is kept is chosen on held-out pairs: scales from nothing to all
-are tried (as WiSE-FT interpolates, arXiv 2109.01903), so that an adapter that would harm its domain ends as the base.
+cosines over a temperature; what else answers the query is left out of it. How much of what was learnt is kept is chosen
+on held-out pairs: scales from nothing to all are tried (as WiSE-FT interpolates, arXiv 2109.01903), so that an adapter
+that would harm its domain ends as the base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,12 +20,13 @@ from peft import LoraConfig, get_peft_model
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from experts.embedding.adapters import write_encoder
 from experts.embedding.encoder import EmbedderConfig, Encoder, EncoderFiles, padded
 from routers.checkpoint import Checkpoint
 from routers.contracts import FloatArray
 from training.metrics import Floats
 from training.retriever.measures import own_ndcg
-from training.retriever.pairs import Pair, Pairs
+from training.retriever.pairs import Pair, Pairs, Pool
 
 SCALES = (0.0, 0.5, 1.0)
 _FEWEST_BATCHES = 16  # of an epoch
@@ -64,25 +66,26 @@ class Trained:
 
 def fit_adapter(
     pairs: Pairs,
-    texts: FloatArray,
-    held_out_texts: FloatArray,
     folder: Path,
     *,
+    embed: Callable[[Sequence[str]], FloatArray],
     encoder: EmbedderConfig,
     config: AdapterConfig,
     seed: int,
     checkpoint: Checkpoint,
 ) -> Trained:
-    """Train on `pairs.train`, whose texts have the vectors `texts` [P, D]; write a PEFT adapter into `folder`.
+    """Train on `pairs.train`, with the frozen vectors [N, D] that `embed` gives of texts; write a PEFT adapter.
 
     Deterministic for a seed, also over a kill: `checkpoint` has the state to go on from.
     """
     torch.manual_seed(seed)
     model = _QuerySide(encoder, config)
+    pool = Pool(pairs.train)
     queries = model.tokenize([pair.query for pair in pairs.train])
-    steps = _train(model, queries, [pair.document for pair in pairs.train], torch.from_numpy(texts), seed, checkpoint)
-    pool = np.concatenate([held_out_texts, texts])
-    measured = {scale: model.measure(pairs.held_out, pool, scale) for scale in SCALES}
+    steps = _train(model, queries, pool, torch.from_numpy(embed(pool.texts)), seed, checkpoint)
+    everything = Pool([*pairs.held_out, *pairs.train])
+    texts = embed(everything.texts)
+    measured = {scale: model.measure(pairs.held_out, everything, texts, scale) for scale in SCALES}
     scale = cautious_scale(measured)
     model.save(folder, scale)
     return Trained(scale, {scale: float(values.mean()) for scale, values in measured.items()}, steps)
@@ -105,7 +108,7 @@ def cautious_scale(measured: Mapping[float, Floats]) -> float:
 def _train(
     model: _QuerySide,
     queries: Sequence[Sequence[int]],
-    documents: Sequence[int],
+    pool: Pool,
     texts: Tensor,
     seed: int,
     checkpoint: Checkpoint,
@@ -118,7 +121,6 @@ def _train(
     done, arrays = checkpoint.load() or (0, None)
     if arrays is not None:
         model.restore(optimizer, arrays)
-    places = torch.tensor(documents)
     for step, batch in enumerate(_batches([len(query) for query in queries], size, seed)):
         if step >= steps:
             break
@@ -127,16 +129,7 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, steps // 10)) * (1 - step / steps)
         vectors = model.forward([queries[i] for i in batch])
-        candidates = torch.as_tensor(batch) if config.negatives == "batch" else torch.arange(len(texts))
-        loss = _loss(
-            vectors,
-            texts[candidates],
-            places[batch],
-            places[candidates],
-            torch.as_tensor(batch),
-            candidates,
-            config.temperature,
-        )
+        loss = contrastive_loss(vectors, texts, pool, batch, config)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters, 1.0)
@@ -145,14 +138,17 @@ def _train(
     return steps
 
 
-def _loss(
-    vectors: Tensor, texts: Tensor, own: Tensor, others: Tensor, mine: Tensor, theirs: Tensor, temperature: float
-) -> Tensor:
-    """Cross-entropy of each query's own text; other texts of the same document are no negatives."""
-    logits = vectors @ texts.T / temperature
-    right = mine[:, None] == theirs[None]
-    logits = logits.masked_fill((own[:, None] == others[None]) & ~right, -torch.inf)
-    return torch.nn.functional.cross_entropy(logits, right.long().argmax(1))
+def contrastive_loss(vectors: Tensor, texts: Tensor, pool: Pool, batch: Sequence[int], config: AdapterConfig) -> Tensor:
+    """Cross-entropy of each query's own text among the others, of the batch or of the domain.
+
+    `vectors` [B, D] are of the queries of the pairs `batch`, `texts` [N, D] of the pool's. What answers a query beside
+    its own text is not among the others.
+    """
+    own = pool.own[batch]
+    candidates = np.unique(own) if config.negatives == "batch" else np.arange(len(texts))
+    counted = torch.from_numpy(pool.counted(batch)[:, candidates])
+    logits = (vectors @ texts[candidates].T / config.temperature).masked_fill(~counted, -torch.inf)
+    return torch.nn.functional.cross_entropy(logits, torch.from_numpy(np.searchsorted(candidates, own)))
 
 
 def _batches(lengths: Sequence[int], size: int, seed: int) -> Iterator[list[int]]:
@@ -189,16 +185,18 @@ class _QuerySide:
                 for name in module.scaling:
                     module.scaling[name] = scale * self.config.alpha / self.config.rank
 
-    def measure(self, pairs: Sequence[Pair], pool: FloatArray, scale: float) -> Floats:
-        """nDCG@10 of each held-out query, whose own texts are the first of `pool`."""
+    def measure(self, pairs: Sequence[Pair], pool: Pool, texts: FloatArray, scale: float) -> Floats:
+        """nDCG@10 of each of the pool's first `pairs`, whose queries look for their texts among `texts` [N, D]."""
         self.set_scale(scale)
         vectors = self._encoder.encode_tokens(self.tokenize([pair.query for pair in pairs]))
-        return np.array(own_ndcg(vectors, pool))
+        first = range(len(pairs))
+        return np.array(own_ndcg(vectors, texts, pool.own[first], pool.counted(first)))
 
     def save(self, folder: Path, scale: float) -> None:
-        """As PEFT has it, with the scale in alpha."""
+        """As PEFT has it, with the scale in alpha, and beside it of which encoder it is."""
         self._peft.peft_config["default"].lora_alpha = self.config.alpha * scale
         self._peft.save_pretrained(folder)
+        write_encoder(folder, self._encoder.fingerprint)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's form of a card, empty
 
     def state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -39,9 +39,15 @@ def ndcg(ranking: Sequence[str], grades: Mapping[str, int], count: int = 10) -> 
     return _discounted(gains) / _discounted(best) if best else 0.0
 
 
-def own_ndcg(vectors: FloatArray, pool: FloatArray) -> list[float]:
-    """nDCG@10 of queries [B, D] of which the i-th is answered by the i-th text of `pool` [N, D] alone."""
-    places = [np.flatnonzero(row == i) for i, row in enumerate(top(vectors @ pool.T, 10))]
+def own_ndcg(
+    vectors: FloatArray, pool: FloatArray, own: npt.NDArray[np.int64], counted: npt.NDArray[np.bool_]
+) -> list[float]:
+    """nDCG@10 of queries [B, D], of which the i-th is answered by the text `own[i]` of `pool` [N, D] alone.
+
+    A text that is not `counted` [B, N] for a query is not in its ranking. No text is in the pool twice.
+    """
+    scores = np.where(counted, vectors @ pool.T, -np.inf).astype(np.float32)
+    places = [np.flatnonzero(row == right) for row, right in zip(top(scores, 10), own, strict=True)]
     return [1 / math.log2(found[0] + 2) if len(found) else 0.0 for found in places]
 
 

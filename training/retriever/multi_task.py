@@ -34,9 +34,8 @@ def fit_multi_task(
     held_out = [_moved(pair, start) for part, start in zip(parts, starts, strict=False) for pair in part.held_out]
     return fit_adapter(
         Pairs(train, held_out),
-        embed([pair.text for pair in train]),
-        embed([pair.text for pair in held_out]),
         folder,
+        embed=embed,
         encoder=encoder,
         config=config.model_copy(update={"max_steps": steps, "epochs": 1 + steps}),
         seed=seed,
@@ -45,5 +44,6 @@ def fit_multi_task(
 
 
 def _moved(pair: Pair, start: int) -> Pair:
-    """The pair with its document's place among those of all domains."""
-    return Pair(pair.query, pair.text, start + pair.document)
+    """The pair with its documents' places among those of all domains."""
+    relevant = frozenset(start + document for document in pair.relevant)
+    return Pair(pair.query, pair.text, start + pair.document, relevant)

@@ -26,9 +26,10 @@ from routers.router_retriever import Aggregation
 from training.doc_tables import fill_tables, markdown
 from training.metrics import Floats, Interval
 from training.retriever.bench import bench
-from training.retriever.corpus import read_corpus
+from training.retriever.corpus import normalised, read_corpus, test_queries
 from training.retriever.evaluate import FIGURES, Collections, Measured, Retriever, evaluate, measure_routed, query_draws
 from training.retriever.multi_task import fit_multi_task
+from training.retriever.pairs import pairs_of
 from training.retriever.train import RetrieverManifest, RetrieverSpec, embed_all, train_retriever
 
 COLLECTIONS = ("med", "cacm", "npl", "adi", "cran")
@@ -80,12 +81,20 @@ def experiments(work: Path, whole: RetrieverSpec) -> Json:
     return {
         "queries": {name: int((collections.of_query == i).sum()) for i, name in enumerate(collections.names)},
         "documents": {corpus.name: len(corpus.ids) for corpus in collections.corpora},
+        "pairs_that_ask_a_judged_query": _judged_among_pairs(whole),
         "domains": {name: domain.model_dump() for name, domain in manifest.domains.items()},
         "systems": _systems(collections, measured),
         "differences": _differences(collections, measured),
         "routing": _routing(collections, measured),
         "left_out": _left_out(collections, measured, before.out, removed.out),
     }
+
+
+def _judged_among_pairs(spec: RetrieverSpec) -> int:
+    """How many pairs, of whichever collection, ask what a judged test query of any asks, word for word."""
+    judged = {normalised(text) for folder in spec.corpora for text in test_queries(folder).values()}
+    pairs = [pairs_of(read_corpus(folder), seed=spec.seed, most=spec.most_pairs) for folder in spec.corpora]
+    return sum(normalised(pair.query) in judged for part in pairs for pair in (*part.train, *part.held_out))
 
 
 def _multi_task(folder: Path, spec: RetrieverSpec, steps: int) -> Path:

@@ -42,11 +42,11 @@ from routers.router_retriever import Aggregation
 from training.errors import TrainJobError
 from training.manifest import git_commit, package_versions
 from training.observations import ObservedQuery, load_table, read_rows, write_table
-from training.retriever.corpus import Corpus, read_corpus, sha256_of
+from training.retriever.corpus import Corpus, normalised, read_corpus, sha256_of
 from training.retriever.fit import AdapterConfig, fit_adapter
 from training.retriever.measures import BM25, own_ndcg
-from training.retriever.pairs import Pair, pairs_of
-from training.work_folder import work_folder
+from training.retriever.pairs import Pool, pairs_of
+from training.work_folder import publish, started_at, work_folder
 
 OnProgress = Callable[[str, int, int], None]
 """Hears of a step's name, how much of it is done, and how much there is."""
@@ -93,10 +93,11 @@ class Domain(BaseModel):
 
 
 class RetrieverManifest(BaseModel):
-    """How a retriever was made. Times are seconds since the epoch."""
+    """How a retriever was made. `run` is a hash of all that decides it; times are seconds since the epoch."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    run: str
     base: str
     encoder: EmbedderConfig
     encoder_sha256: str
@@ -130,11 +131,12 @@ def train_retriever(
     if len(set(names)) < len(names):
         raise TrainJobError(f"two corpora have the same folder name, which is their domain's: {names}")
     keys = {corpus.name: domain_key(spec, corpus) for corpus in corpora}
+    old = RetrieverManifest.read(spec.start) if spec.start else None
+    run = _run_key(spec, keys, old)
     if spec.out.exists():
-        return _finished(spec, keys)
-    with work_folder(spec.out, resume) as work:
-        run = _Run(spec, work, keys, on_progress)
-        return run.finish(corpora)
+        return _finished(spec.out, run)
+    with work_folder(spec.out, run, resume) as work:
+        return _Run(spec, run, work, keys, old, on_progress).finish(corpora)
 
 
 def domain_key(spec: RetrieverSpec, corpus: Corpus) -> str:
@@ -149,15 +151,35 @@ def domain_key(spec: RetrieverSpec, corpus: Corpus) -> str:
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
+def _run_key(spec: RetrieverSpec, keys: Mapping[str, str], old: RetrieverManifest | None) -> str:
+    """A hash of all that decides a retriever, but not of where things lie."""
+    decides = {
+        "base": spec.base,
+        "aggregation": spec.aggregation,
+        "domains": list(keys.items()),
+        "from": old.run if old else None,
+    }
+    return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
+
+
 class _Run:
-    def __init__(self, spec: RetrieverSpec, work: Path, keys: Mapping[str, str], on_progress: OnProgress) -> None:
+    def __init__(
+        self,
+        spec: RetrieverSpec,
+        key: str,
+        work: Path,
+        keys: Mapping[str, str],
+        old: RetrieverManifest | None,
+        on_progress: OnProgress,
+    ) -> None:
         self._spec = spec
+        self._key = key
         self._work = work
+        self._whole = work / "artefact"
         self._keys = keys
+        self._old = old
         self._on_progress = on_progress
         self._embedder: Embedder = shared_embedder(spec.encoder)
-        self._old = RetrieverManifest.read(spec.start) if spec.start else None
-        self._started_at = time.time()
 
     def finish(self, corpora: Sequence[Corpus]) -> RetrieverManifest:
         """Do what is left to do, and put the retriever in its place."""
@@ -167,9 +189,10 @@ class _Run:
             "router_retriever",
             {"aggregation": self._spec.aggregation, "embedder": self._spec.encoder, "seed": self._spec.seed},
         )
-        router.fit(load_table(self._work / "observations").train).save(self._work / "router")
-        write_fleet(self._work, self._spec.base, self._spec.encoder, domains)
+        router.fit(load_table(self._whole / "observations").train).save(self._whole / "router")
+        write_fleet(self._whole, self._spec.base, self._spec.encoder, domains)
         manifest = RetrieverManifest(
+            run=self._key,
             base=self._spec.base,
             encoder=self._spec.encoder,
             encoder_sha256=self._embedder.weights_sha256,
@@ -179,19 +202,18 @@ class _Run:
             domains=domains,
             versions=package_versions(),
             git_commit=git_commit(),
-            started_at=self._started_at,
+            started_at=started_at(self._work),
             finished_at=time.time(),
         )
-        (self._work / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n")
-        shutil.rmtree(self._work / "state", ignore_errors=True)
-        self._work.rename(self._spec.out)
+        _write(self._whole / MANIFEST, manifest.model_dump_json(indent=2) + "\n")
+        publish(self._whole, self._spec.out)
         return manifest
 
     # Adapters
 
     def _domain(self, corpus: Corpus) -> Domain:
         """Train the domain's adapter, unless this run or the retriever to start from has it."""
-        folder = self._work / "adapters" / corpus.name
+        folder = self._whole / "adapters" / corpus.name
         kept = self._work / "state" / corpus.name / "domain.json"
         key = self._keys[corpus.name]
         if kept.is_file() and (known := Domain.model_validate_json(kept.read_text())).key == key:
@@ -204,9 +226,8 @@ class _Run:
             raise TrainJobError(f"{corpus.folder}: too few pairs of a query and a text can be made of it")
         trained = fit_adapter(
             pairs,
-            self._embed(corpus.name, pairs.train),
-            self._embed(corpus.name, pairs.held_out),
             folder,
+            embed=lambda texts: self._embed(corpus.name, texts),
             encoder=self._spec.encoder,
             config=self._spec.adapter,
             seed=self._spec.seed,
@@ -234,9 +255,9 @@ class _Run:
         old = self._old.domains.get(name) if self._old else None
         return old if old and old.key == self._keys[name] else None
 
-    def _embed(self, name: str, pairs: Sequence[Pair]) -> FloatArray:
-        """The frozen encoder's vectors of the pairs' texts; they stay in the cache on disk."""
-        return embed_all(self._embedder, [pair.text for pair in pairs], f"embed {name}", self._on_progress)
+    def _embed(self, name: str, texts: Sequence[str]) -> FloatArray:
+        """The frozen encoder's vectors of a domain's texts; they stay in the cache on disk."""
+        return embed_all(self._embedder, texts, f"embed {name}", self._on_progress)
 
     # Observations
 
@@ -246,34 +267,39 @@ class _Run:
         cards = [ExpertCard(name=name, kind="embedding", description=_describe(name, domains)) for name in names]
         files = EncoderFiles.find(self._spec.encoder)
         encoder = AdaptedEncoder(Encoder(files, self._spec.encoder))
-        encoder.load({expert_name(self._spec.base, name): self._work / "adapters" / name for name in domains})
+        encoder.load({expert_name(self._spec.base, name): self._whole / "adapters" / name for name in domains})
         rows: list[ObservedQuery] = []
         for corpus in corpora:
-            old = self._old_rows(corpus.name, set(names)) if self._known(corpus.name) else []
+            old = self._old_rows(corpus.name) if self._known(corpus.name) else []
             rows += old or self._observed(corpus, encoder, names)
-        write_table(self._work / "observations", cards, rows)
+        write_table(self._whole / "observations", cards, rows)
 
-    def _old_rows(self, domain: str, names: set[str]) -> list[ObservedQuery]:
+    def _old_rows(self, domain: str) -> list[ObservedQuery]:
+        """A domain's queries with what was observed of the base and of adapters that are still the same."""
         if not self._spec.start:
             return []
+        names = {self._spec.base, *(expert_name(self._spec.base, name) for name in self._keys if self._known(name))}
         rows = [row for row in read_rows(self._spec.start / "observations") if row.task == domain]
         kept = [[pair for pair in row.experts if pair.expert in names] for row in rows]
         return [row_with(row, experts) for row, experts in zip(rows, kept, strict=True) if experts]
 
     def _observed(self, corpus: Corpus, encoder: AdaptedEncoder, names: Sequence[str]) -> list[ObservedQuery]:
         pairs = pairs_of(corpus, seed=self._spec.seed, most=self._spec.most_pairs)
-        asked = [*pairs.held_out, *pairs.train][: self._spec.pilot_queries]
-        pool = np.concatenate([self._embed(corpus.name, pairs.held_out), self._embed(corpus.name, pairs.train)])
-        tokens = encoder.tokenize([pair.query for pair in asked])
+        everything = [*pairs.held_out, *pairs.train]
+        first = {normalised(pair.query): place for place, pair in reversed(list(enumerate(everything)))}
+        asked = sorted(first.values())[: self._spec.pilot_queries]
+        pool = Pool(everything)
+        texts, counted = self._embed(corpus.name, pool.texts), pool.counted(asked)
+        tokens = encoder.tokenize([everything[place].query for place in asked])
         quality: dict[str, list[float]] = {}
         for name in names:
             vectors = encoder.encode(tokens, [None if name == self._spec.base else name] * len(tokens))
-            quality[name] = own_ndcg(vectors, pool)
+            quality[name] = own_ndcg(vectors, texts, pool.own[asked], counted)
             self._on_progress(f"observe {corpus.name}", len(quality), len(names))
         return [
             ObservedQuery(
                 id=f"{corpus.name}-{i}",
-                query=pair.query,
+                query=everything[place].query,
                 split="train",
                 task=corpus.name,
                 experts=[
@@ -281,7 +307,7 @@ class _Run:
                     for name in names
                 ],
             )
-            for i, pair in enumerate(asked)
+            for i, place in enumerate(asked)
         ]
 
 
@@ -336,12 +362,12 @@ def _describe(name: str, domains: Mapping[str, Domain]) -> str:
     return "Embeds documents, and queries of any subject."
 
 
-def _finished(spec: RetrieverSpec, keys: Mapping[str, str]) -> RetrieverManifest:
-    manifest = RetrieverManifest.read(spec.out)
-    if {name: domain.key for name, domain in manifest.domains.items()} != dict(keys):
+def _finished(out: Path, run: str) -> RetrieverManifest:
+    manifest = RetrieverManifest.read(out)
+    if manifest.run != run:
         raise TrainJobError(
-            f"{spec.out} holds another retriever (other corpora, options or versions), and a service may be using it: "
-            "choose another folder"
+            f"{out} holds another retriever (other corpora, options, versions or --from), and a service may be "
+            "using it: choose another folder"
         )
     return manifest
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -102,6 +103,117 @@ def test_readers_never_fail_while_a_writer_changes_it(tmp_path: Path) -> None:
         while not done.done():
             assert reader.search(vectors[3:4], 1)[0][0].document.id == "a/3"
         done.result()
+
+
+def test_a_search_is_of_one_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents that are replaced between the look at the vectors and that at the texts are found as they were."""
+    reader, writer, vectors = opened(tmp_path), opened(tmp_path), unit(20, 0)
+    writer.add(documents("a", 10), vectors[:10])
+    read = reader._vectors
+
+    def then_another_writes(generation: int) -> object:
+        index = read(generation)
+        writer.add([Document(f"a/{i}", "new") for i in range(10)], vectors[10:])
+        return index
+
+    monkeypatch.setattr(reader, "_vectors", then_another_writes)
+    hits = reader.search(vectors[3:4], 10)[0]
+    assert len(hits) == 10
+    assert (hits[0].document, hits[0].score) == (documents("a", 10)[3], pytest.approx(1, abs=1e-6))
+    monkeypatch.undo()
+    assert reader.search(vectors[13:14], 1)[0][0].document == Document("a/3", "new")
+
+
+def test_vectors_that_are_replaced_before_they_are_read_are_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, writer, vectors = opened(tmp_path), opened(tmp_path), unit(20, 0)
+    writer.add(documents("a", 10), vectors[:10])
+    read, replaced = reader._vectors, []
+
+    def another_was_faster(generation: int) -> object:
+        if len(replaced) < 3:
+            replaced.append(generation)
+            writer.add(documents("b", 10), vectors[10:])
+        return read(generation)
+
+    monkeypatch.setattr(reader, "_vectors", another_was_faster)
+    assert reader.search(vectors[13:14], 1)[0][0].document.id == "b/3"
+    assert replaced == [1, 2, 3]
+
+
+def test_a_search_does_not_wait_for_a_change_that_is_under_way(tmp_path: Path) -> None:
+    index, vectors = opened(tmp_path), unit(10, 0)
+    index.add(documents("a", 10), vectors)
+    with index._change() as (db, _):
+        db.execute("DELETE FROM documents")
+        assert index.search(vectors[3:4], 1)[0][0].document.id == "a/3"
+        assert DocumentIndex(tmp_path).search(vectors[3:4], 1)[0][0].document.id == "a/3"
+        assert len(index) == 10
+        db.execute("ROLLBACK")
+        db.execute("BEGIN IMMEDIATE")
+    assert len(index) == 10
+
+
+def test_many_make_it_at_once_and_lose_nothing(tmp_path: Path) -> None:
+    vectors = unit(8, 0)
+
+    def make(round_: int, i: int) -> None:
+        opened(tmp_path / str(round_)).add([Document(f"{i}", "text")], vectors[i : i + 1])
+
+    with ThreadPoolExecutor(8) as pool:
+        for round_ in range(5):
+            list(pool.map(lambda i, round_=round_: make(round_, i), range(8)))
+            assert sorted(opened(tmp_path / str(round_)).ids()) == [str(i) for i in range(8)]
+            assert opened(tmp_path / str(round_)).generation == 8
+
+
+def test_old_vectors_that_cannot_be_deleted_undo_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, vectors = opened(tmp_path), unit(20, 0)
+    index.add(documents("a", 10), vectors[:10])
+
+    def held(*_: object, **__: object) -> None:
+        raise PermissionError("held")
+
+    monkeypatch.setattr(Path, "unlink", held)
+    index.add(documents("b", 10), vectors[10:])
+    monkeypatch.undo()
+    assert len(DocumentIndex(tmp_path)) == 20
+    index.delete(["a/0"])
+    assert [path.name for path in tmp_path.glob("vectors-*")] == ["vectors-3.faiss"]
+
+
+def test_vectors_are_on_the_disk_before_they_are_spoken_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, vectors = opened(tmp_path), unit(20, 0)
+    index.add(documents("a", 10), vectors[:10])
+
+    def broken(*_: object) -> None:
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OSError, match="gone"):
+        index.add(documents("b", 10), vectors[10:])
+    monkeypatch.undo()
+    assert len(DocumentIndex(tmp_path)) == 10
+
+
+def test_a_damaged_index_is_said_to_be_one(tmp_path: Path) -> None:
+    index, vectors = opened(tmp_path), unit(10, 0)
+    index.add(documents("a", 10), vectors)
+    (tmp_path / "vectors-1.faiss").write_bytes(b"nothing")
+    with pytest.raises(ExpertConfigError, match=r"vectors-1\.faiss cannot be read"):
+        DocumentIndex(tmp_path).search(vectors[:1])
+    with pytest.raises(ExpertConfigError, match=r"vectors-1\.faiss cannot be read"):
+        DocumentIndex(tmp_path).delete(["a/1"])
+    index._writer.execute("DELETE FROM facts WHERE name = 'encoder'")
+    with pytest.raises(ExpertConfigError, match="holds no index"):
+        DocumentIndex(tmp_path)
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "documents.sqlite").write_text("this is no database, but long enough for one to be read" * 20)
+    for arguments in ({}, {"dimensions": D, "encoder": "e"}):
+        with pytest.raises(ExpertConfigError, match="cannot be used: file is not a database"):
+            DocumentIndex(other, **arguments)
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -9,9 +9,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from experts.embedding.encoder import EmbedderConfig
+from experts.embedding.index import Document, DocumentIndex
 from router_service.cli import app
 from router_service.cli.console import CommandError
 from router_service.cli.train_retriever import _command
+from routers.embedder import shared_embedder
 from tests.experts.embedding.encoders import save_encoder
 from tests.training.retriever.corpora import save_corpus
 from training.retriever.train import RetrieverSpec
@@ -76,6 +79,12 @@ def test_an_index_is_made_changed_and_shown(tmp_path: Path, encoder: Path) -> No
         "dimensions": 32,
         "collections": {"med": 24, "air": 24},
     }
+    (air / "corpus.jsonl").write_text(json.dumps({"_id": "titled", "title": "wing", "text": "of flow"}) + "\n")
+    run("index", "add", index, "--corpus", air, "--model", encoder)
+    whole = shared_embedder(EmbedderConfig(model=str(encoder))).embed(["wing of flow"])
+    [best] = DocumentIndex(index).search(whole, 1)[0]
+    assert (best.document, best.score) == (Document("air/titled", "of flow", "wing"), pytest.approx(1, abs=1e-5))
+    run("index", "delete", index, "--id", "air/titled")
     run("index", "delete", index, "--collection", "med", "--id", "air/3")
     assert json.loads(run("index", "show", index, "--json"))["collections"] == {"air": 23}
     with pytest.raises(CommandError, match="name documents with --id"):

@@ -17,6 +17,8 @@ from routers.contracts import Estimates, Query, Router
 from routers.errors import RouterConfigError
 from tests.router_service.fakes import card
 
+CARDS = [card("a"), card("b")]
+
 
 class FakeRouter:
     """Estimates the length of the text as quality, slowly, and notes what it was asked."""
@@ -39,13 +41,13 @@ class FakeRouter:
 
 
 def batcher(router: FakeRouter) -> EstimateBatcher:
-    return EstimateBatcher(cast("Router", router), [card("a"), card("b")])
+    return EstimateBatcher(cast("Router", router))
 
 
 async def test_queries_that_wait_are_estimated_together_and_each_gets_its_own() -> None:
     router = FakeRouter()
     batches = batcher(router)
-    answers = await asyncio.gather(*(batches.estimate(Query(text="x" * n)) for n in range(1, 200)))
+    answers = await asyncio.gather(*(batches.estimate(Query(text="x" * n), CARDS) for n in range(1, 200)))
     assert [answer.quality.tolist() for answer in answers] == [[[n, n]] for n in range(1, 200)]
     assert all(answer.uncertainty is not None and answer.uncertainty.shape == (1, 2) for answer in answers)
     assert sum(router.batches) == 199
@@ -55,23 +57,34 @@ async def test_queries_that_wait_are_estimated_together_and_each_gets_its_own() 
     batches.close()
 
 
+async def test_queries_about_other_cards_are_estimated_apart() -> None:
+    """Experts may come and go while queries wait: each gets estimates of the cards it asked about."""
+    router = FakeRouter()
+    batches, more = batcher(router), [*CARDS, card("c")]
+    asked = [CARDS, CARDS, more, more, more, CARDS]
+    answers = await asyncio.gather(*(batches.estimate(Query(text="a"), cards) for cards in asked))
+    assert [answer.quality.shape for answer in answers] == [(1, len(cards)) for cards in asked]
+    assert router.batches == [2, 3, 1]
+    batches.close()
+
+
 async def test_a_query_that_fails_fails_alone() -> None:
     batches = batcher(FakeRouter())
     texts = ["a", "poison", "bb"]
     answers: list[Any] = await asyncio.gather(
-        *(batches.estimate(Query(text=text)) for text in texts), return_exceptions=True
+        *(batches.estimate(Query(text=text), CARDS) for text in texts), return_exceptions=True
     )
     assert [type(answer) for answer in answers] == [Estimates, RouterConfigError, Estimates]
     with pytest.raises(RouterConfigError):
-        await batches.estimate(Query(text="poison"))
-    assert (await batches.estimate(Query(text="ccc"))).quality[0, 0] == 3
+        await batches.estimate(Query(text="poison"), CARDS)
+    assert (await batches.estimate(Query(text="ccc"), CARDS)).quality[0, 0] == 3
     batches.close()
 
 
 async def test_a_caller_that_is_gone_disturbs_nobody() -> None:
     batches = batcher(FakeRouter(0.1))
-    gone = asyncio.create_task(batches.estimate(Query(text="a")))
-    stays = asyncio.create_task(batches.estimate(Query(text="bb")))
+    gone = asyncio.create_task(batches.estimate(Query(text="a"), CARDS))
+    stays = asyncio.create_task(batches.estimate(Query(text="bb"), CARDS))
     await asyncio.sleep(0.02)
     gone.cancel()
     assert (await stays).quality[0, 0] == 2
@@ -82,10 +95,10 @@ async def test_a_caller_that_is_gone_disturbs_nobody() -> None:
 async def test_a_new_router_takes_over_between_batches() -> None:
     old, new = FakeRouter(0.1), FakeRouter(0.0)
     batches = batcher(old)
-    first = asyncio.create_task(batches.estimate(Query(text="a")))
+    first = asyncio.create_task(batches.estimate(Query(text="a"), CARDS))
     await asyncio.sleep(0.02)
     batches.router = cast("Router", new)
-    second = asyncio.create_task(batches.estimate(Query(text="bb")))
+    second = asyncio.create_task(batches.estimate(Query(text="bb"), CARDS))
     await asyncio.gather(first, second)
     assert (old.batches, new.batches) == ([1], [1])
     batches.close()

@@ -2,90 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import asyncio
+import time
 from pathlib import Path
 
 import numpy as np
 import openai
 import pytest
-import yaml
 
 from experts.build import build_experts
 from experts.cards import ExpertCard
-from experts.embedding.encoder import EmbedderConfig, EncoderFiles
+from experts.embedding.encoder import EncoderFiles
 from experts.embedding.index import Document, DocumentIndex
-from experts.errors import ExpertUnavailableError
-from experts.expert import Expert
-from experts.fleet import Fleet, load_fleet
-from routers.contracts import Observations
+from experts.errors import ExpertRequestError, ExpertTimeoutError, ExpertUnavailableError
+from experts.expert import Expert, ExpertRequest, Part
+from experts.fleet import Fleet, FleetEntry
+from router_service.assembly import check_policy
 from routers.embedder import Embedder
-from routers.policy import Policy
-from routers.registry import AnyRouter, create_router
-from tests.experts.embedding.encoders import save_encoder, save_lora
+from routers.errors import RouterConfigError
+from routers.policy import Constraints, Policy
 from tests.router_service.fakes import FakeExpert, RedisProcess
-from tests.router_service.serving import Running, best_router, policy, serving
+from tests.router_service.retrieving import AIR, MED, POLICY, encoder_of, retriever_fleet, retrieving
 
 pytestmark = pytest.mark.slow
-
-AIR, MED = ["wing flow shock", "flow wing noise", "shock wing"], ["blood cell", "cell blood lung", "lung blood"]
-POLICY = {"serves": "embeddings", "router": {"name": "router_retriever"}, "objective": {"quality": 1, "cost": 0}}
 
 
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Fleet:
-    folder = tmp_path_factory.mktemp("fleet")
-    encoder = save_encoder(folder / "encoder")
-    experts = [{"name": "search", "encoder": {"model": "./encoder"}, "input_price": 1.0}]
-    for seed, name in enumerate(("air", "med")):
-        save_lora(encoder, folder / name, seed=seed)
-        experts.append({"name": name, "adapter": {"base": "search", "path": f"./{name}"}, "input_price": 1.0})
-    (folder / "fleet.yaml").write_text(yaml.safe_dump({"experts": experts}))
-    return load_fleet(folder / "fleet.yaml")
-
-
-def encoder_of(fleet: Fleet) -> EmbedderConfig:
-    source = fleet.experts[0].encoder
-    return EmbedderConfig(model=source.model if source else "")
-
-
-def router_of(fleet: Fleet) -> AnyRouter:
-    texts, nothing = [*AIR, *MED], np.full((6, 3), np.nan, np.float32)
-    quality = np.array([[0.2, 0.9, 0.1]] * 3 + [[0.2, 0.1, 0.9]] * 3, np.float32)
-    table = Observations(
-        ids=texts,
-        texts=texts,
-        tasks=["air"] * 3 + ["med"] * 3,
-        cards=fleet.cards,
-        quality=quality,
-        cost_usd=np.zeros_like(quality),
-        input_tokens=nothing,
-        output_tokens=nothing,
-        latency_s=nothing,
-    )
-    config = encoder_of(fleet)
-    return create_router("router_retriever", {"embedder": config}, embedder=Embedder(config)).fit(table)
-
-
-@asynccontextmanager
-async def retrieving(
-    redis: RedisProcess, fleet: Fleet, *, index: Path | None = None, replaced: dict[str, Expert] | None = None
-) -> AsyncIterator[Running]:
-    """The fleet's experts beside one that chats, with the policies `auto` and `embeddings`."""
-    built = {**build_experts(fleet), **(replaced or {})}
-    for name, expert in built.items():
-        expert.name = name  # type: ignore[attr-defined]  # as the fakes have it
-    cards = {card.name: {"kind": card.kind, "input_price": card.input_price} for card in fleet.cards}
-    async with serving(
-        redis,
-        FakeExpert("chat"),
-        *built.values(),  # type: ignore[arg-type]
-        cards=cards,
-        policies=(policy(), Policy.model_validate({"name": "embeddings", **POLICY})),
-        load=lambda choice, _: router_of(fleet) if choice.name == "router_retriever" else best_router("chat", "chat"),
-        environment={"ROUTER_INDEX": str(index)} if index else None,
-    ) as running:
-        yield running
+    return retriever_fleet(tmp_path_factory.mktemp("fleet"))
 
 
 async def test_each_text_goes_to_its_own_expert_and_the_answer_says_which(
@@ -130,14 +74,117 @@ async def test_where_an_expert_cannot_answer_the_next_of_the_ranking_does(
     redis_server: RedisProcess, fleet: Fleet
 ) -> None:
     class DownExpert(FakeExpert):
-        async def embed(self, request: object) -> object:  # type: ignore[override]
+        async def embed(self, request: ExpertRequest) -> Part:
             raise ExpertUnavailableError("down")
 
-    async with retrieving(redis_server, fleet, replaced={"med": DownExpert("med")}) as service:  # type: ignore[dict-item]
+    async with retrieving(redis_server, fleet, replaced={"med": DownExpert("med")}) as service:
         response = await service.client.post("/v1/embeddings", json={"model": "auto", "input": [MED[0], AIR[0]]})
         assert response.status_code == 200
         assert [item["expert"] for item in response.json()["data"]][1] == "air"
         assert response.json()["data"][0]["expert"] in ("search", "air")
+
+
+class SlowExpert(FakeExpert):
+    """Answers never, and says so when its time is up. `stopped` once its call was cancelled."""
+
+    stopped = False
+
+    async def embed(self, request: ExpertRequest) -> Part:
+        try:
+            await asyncio.sleep(request.timeout_s)
+        except asyncio.CancelledError:
+            self.stopped = True
+            raise
+        raise ExpertTimeoutError("late")
+
+
+async def test_an_expert_that_is_late_is_given_up_after_the_policys_time_for_an_attempt(
+    redis_server: RedisProcess, fleet: Fleet
+) -> None:
+    slow = SlowExpert("med")
+    limits = {"fallbacks": {"attempt_timeout_s": 0.2}}
+    async with retrieving(redis_server, fleet, replaced={"med": slow}, fields=limits) as service:
+        response = await service.client.post("/v1/embeddings", json={"model": "auto", "input": [MED[0], AIR[0]]})
+        assert response.status_code == 200
+        assert response.json()["data"][0]["expert"] in ("search", "air")
+        calls = (await service.stream(count=1))[0]["calls"]
+        assert "late" in next(call["error"] for call in calls if call["expert"] == "med")
+
+
+async def test_where_a_request_is_at_fault_no_other_call_is_left_running(
+    redis_server: RedisProcess, fleet: Fleet
+) -> None:
+    class RefusingExpert(FakeExpert):
+        async def embed(self, request: ExpertRequest) -> Part:
+            raise ExpertRequestError("no such thing")
+
+    slow = SlowExpert("med")
+    replaced: dict[str, Expert] = {"med": slow, "air": RefusingExpert("air")}
+    async with retrieving(redis_server, fleet, replaced=replaced) as service:
+        response = await service.client.post("/v1/embeddings", json={"model": "auto", "input": [MED[0], AIR[0]]})
+        assert response.status_code == 400
+        assert slow.stopped
+
+
+async def test_a_search_by_another_encoder_is_refused(redis_server: RedisProcess, fleet: Fleet, tmp_path: Path) -> None:
+    """Though its vectors are as long as the index's; and so is one that does not say what it is."""
+    config = encoder_of(fleet).model_copy(update={"max_tokens": 16})
+    files = EncoderFiles.find(config)
+    index = DocumentIndex(tmp_path, dimensions=files.dimensions, encoder=files.fingerprint.hex())
+    index.add([Document(f"air/{i}", text) for i, text in enumerate(AIR)], Embedder(config).embed(AIR))
+    silent = FakeExpert("silent")
+    async with retrieving(redis_server, fleet, index=tmp_path, replaced={"silent": silent}) as service:
+        for model, said in (
+            ("search", f"'search' cannot search this index: its vectors are of the encoder {fingerprint(fleet)[:12]}"),
+            ("auto", f"'med' cannot search this index: its vectors are of the encoder {fingerprint(fleet)[:12]}"),
+            ("silent", "'silent' cannot search this index: its vectors do not say of which encoder they are"),
+        ):
+            response = await service.client.post("/v1/search", json={"model": model, "query": MED[0]})
+            assert response.status_code == 400
+            assert said in response.json()["error"]["message"]
+            assert index.encoder[:12] in response.json()["error"]["message"]
+
+
+def fingerprint(fleet: Fleet) -> str:
+    return EncoderFiles.find(encoder_of(fleet)).fingerprint.hex()
+
+
+async def test_a_text_that_breaks_the_encoder_fails_alone(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    built = build_experts(fleet)
+    runtime = built["search"]._shared.resource  # type: ignore[attr-defined]
+    tokenize = runtime.encoder.tokenize
+
+    def breaking(texts: list[str]) -> list[list[int]]:
+        if "breaks" in texts:
+            raise ValueError("it breaks")
+        return tokenize(texts)  # type: ignore[no-any-return]
+
+    def ask(text: str) -> ExpertRequest:
+        return ExpertRequest(id="e", endpoint="embeddings", body={"input": text})
+
+    monkeypatch.setattr(runtime.encoder, "tokenize", breaking)
+    held = runtime._thread.submit(time.sleep, 0.1)  # so that they wait, and are one batch
+    answers = await asyncio.gather(
+        *(built[name].embed(ask(text)) for name, text in (("search", "wing"), ("air", "breaks"), ("med", "cell"))),
+        return_exceptions=True,
+    )
+    held.result()
+    assert [type(answer) for answer in answers] == [Part, ExpertUnavailableError, Part]
+    assert "it breaks" in str(answers[1])
+    for expert in built.values():
+        await expert.close()
+
+
+def test_a_policy_of_two_encoders_is_refused(fleet: Fleet) -> None:
+    """What it answers one request with could not be compared."""
+    other = FleetEntry.model_validate({"name": "other", "encoder": {"model": "hub/other"}})
+    two = Fleet(experts=(*fleet.experts, other))
+    loaded = Policy.model_validate({"name": "embeddings", **POLICY})
+    check_policy(loaded, fleet)
+    with pytest.raises(RouterConfigError, match="'med' and 'other' are of different encoders"):
+        check_policy(loaded, two)
+    for constraints in ({"deny": {"names": ["other"]}}, {"allow": {"names": ["other"]}}):
+        check_policy(loaded.model_copy(update={"constraints": Constraints.model_validate(constraints)}), two)
 
 
 async def test_what_is_wrong_is_said(redis_server: RedisProcess, fleet: Fleet) -> None:

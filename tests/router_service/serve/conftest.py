@@ -13,6 +13,7 @@ import yaml
 from router_service.serve.environment import serve_environment
 from router_service.settings import Settings
 from tests.experts.models import save_adapter, save_model
+from tests.router_service.fakes import RedisProcess
 
 FOLDER = Path(f"/tmp/rs-test-{os.getpid()}")
 os.environ.update(serve_environment(Settings(), FOLDER))  # before anything imports ray.serve, which reads them once
@@ -43,12 +44,15 @@ def fleet_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cluster(fleet_file: Path) -> Iterator[None]:
-    """Ray, with both groups of the fleet deployed."""
+    """Ray, with both groups of the fleet deployed, and a Redis in which it stands which adapters were added."""
     import ray
     from ray import serve
 
     from router_service.serve.applications import ExpertsArgs, experts, experts_app
 
+    redis = RedisProcess(FOLDER / "redis")
+    redis.start()
+    os.environ["REDIS_URL"] = redis.url  # replicas read it
     ray.init(
         num_cpus=2,
         num_gpus=2,
@@ -64,4 +68,6 @@ def cluster(fleet_file: Path) -> Iterator[None]:
     serve.run_many(targets)
     yield
     ray.shutdown()
+    del os.environ["REDIS_URL"]
+    redis.stop()
     shutil.rmtree(FOLDER, ignore_errors=True)

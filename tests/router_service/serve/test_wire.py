@@ -12,6 +12,7 @@ from experts.errors import (
     ExpertRequestError,
     ExpertTimeoutError,
     ExpertUnavailableError,
+    MixingError,
 )
 from experts.expert import ExpertRequest, Part, Usage
 from router_service.serve.wire import ACCEPTED, pack_error, pack_part, pack_request, unpack_reply, unpack_request
@@ -34,6 +35,7 @@ def test_parts_cross(part: Part) -> None:
         ExpertRequestError("too long", status=422, param="messages", code="context_length_exceeded"),
         ExpertUnavailableError("busy", retry_after_s=2.0),
         ExpertTimeoutError("late"),
+        ExpertConfigError("no such folder"),
     ],
 )
 def test_errors_cross_with_their_fields(error: ExpertError) -> None:
@@ -44,8 +46,8 @@ def test_errors_cross_with_their_fields(error: ExpertError) -> None:
 
 
 def test_an_error_of_another_class_counts_as_unavailable() -> None:
-    with pytest.raises(ExpertUnavailableError, match="ExpertConfigError: no weights"):
-        unpack_reply(pack_error(ExpertConfigError("no weights")))
+    with pytest.raises(ExpertUnavailableError, match="MixingError: no weights"):
+        unpack_reply(pack_error(MixingError("no weights")))
 
 
 def test_the_word_that_a_request_is_in_work_is_an_empty_part() -> None:

@@ -8,14 +8,17 @@ import numpy as np
 import pytest
 
 from experts.build import build_experts
-from experts.embedding.encoder import EmbedderConfig
+from experts.embedding.adapters import AdaptedEncoder
+from experts.embedding.encoder import EmbedderConfig, Encoder, EncoderFiles
+from experts.errors import ExpertConfigError
 from experts.fleet import load_fleet
 from routers.checkpoint import Checkpoint
 from routers.policy import load_policies
 from routers.registry import load_router
 from tests.experts.embedding.encoders import save_encoder
-from tests.training.retriever.corpora import DOMAINS, save_corpus
+from tests.training.retriever.corpora import DOMAINS, save_corpus, save_judged
 from training.errors import TrainJobError
+from training.observations import read_rows
 from training.retriever import train as training
 from training.retriever.corpus import read_corpus
 from training.retriever.evaluate import Collections, Retriever, evaluate
@@ -118,8 +121,74 @@ def test_a_finished_retriever_is_left_as_it_is_and_another_is_refused(
     before = files(work / "two")
     train_retriever(spec(corpora, encoder, work / "two", "air", "med"))
     assert files(work / "two") == before
-    with pytest.raises(TrainJobError, match="holds another retriever"):
-        train_retriever(spec(corpora, encoder, work / "two", "air"))
+    same = spec(corpora, encoder, work / "two", "air", "med")
+    for another in (
+        spec(corpora, encoder, work / "two", "air"),
+        same.model_copy(update={"aggregation": "max"}),
+        same.model_copy(update={"base": "vectors"}),
+        same.model_copy(update={"start": work / "three"}),
+    ):
+        with pytest.raises(TrainJobError, match="holds another retriever"):
+            train_retriever(another)
+
+
+def test_an_unfinished_run_of_another_kind_is_not_gone_on_with(
+    corpora: dict[str, Path], encoder: EmbedderConfig, tmp_path: Path
+) -> None:
+    def kill(step: str, done: int, total: int) -> None:
+        if step.startswith("observe"):
+            raise KilledError
+
+    wanted = spec(corpora, encoder, tmp_path / "out", "air", "med")
+    with pytest.raises(KilledError):
+        train_retriever(wanted, on_progress=kill)
+    other = wanted.model_copy(update={"aggregation": "max"})
+    with pytest.raises(TrainJobError, match="unfinished run with other data, options or versions"):
+        train_retriever(other)
+    assert train_retriever(other, resume=False).aggregation == "max"
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_what_was_observed_of_an_adapter_is_dropped_when_it_is_trained_again(
+    work: Path, corpora: dict[str, Path], encoder: EmbedderConfig, tmp_path: Path
+) -> None:
+    """`med` has other documents now: `air` keeps its queries, and what the base and its own adapter made of them."""
+    changed = {**corpora, "med": save_corpus(tmp_path / "med", seed=7)}
+    train_retriever(spec(changed, encoder, tmp_path / "out", "air", "med", start=work / "two"))
+    assert observed(tmp_path / "out", "med") == {"search", "search-air", "search-med"}
+    assert observed(work / "two", "air") == {"search", "search-air", "search-med"}
+    assert observed(tmp_path / "out", "air") == {"search", "search-air"}
+
+
+def observed(folder: Path, domain: str) -> set[str]:
+    """The experts that were observed on a domain's queries."""
+    rows = [row for row in read_rows(folder / "observations") if row.task == domain]
+    assert rows
+    return {pair.expert for row in rows for pair in row.experts}
+
+
+def test_judged_queries_make_a_retriever_too(encoder: EmbedderConfig, tmp_path: Path) -> None:
+    queries = {f"t{i}": (f"query {DOMAINS['air'][i % 4]} {i}", [i, i + 1, i + 2]) for i in range(20)}
+    folder = save_judged(tmp_path / "air", queries)
+    for negatives in ("batch", "domain"):
+        config = CONFIG.model_copy(update={"negatives": negatives})
+        out = tmp_path / negatives
+        made = RetrieverSpec(corpora=(folder,), out=out, encoder=encoder, adapter=config, pilot_queries=12)
+        assert train_retriever(made).domains["air"].steps == 6
+        asked = [row.query for row in read_rows(out / "observations")]
+        assert len(asked) == len(set(asked)) == 12
+
+
+def test_an_adapter_knows_its_encoder(work: Path, tmp_path: Path) -> None:
+    """One that was trained on another encoder is refused, though its matrices would fit."""
+    config = RetrieverManifest.read(work / "two").encoder
+    folder = work / "two" / "adapters" / "air"
+    encoder = AdaptedEncoder(Encoder(EncoderFiles.find(config), config))
+    encoder.load({"air": folder})
+    shorter = config.model_copy(update={"max_tokens": 16})
+    other = AdaptedEncoder(Encoder(EncoderFiles.find(shorter), shorter))
+    with pytest.raises(ExpertConfigError, match=r"adapter 'air' .*it was trained on the encoder"):
+        other.load({"air": folder})
 
 
 class KilledError(Exception):
@@ -130,11 +199,10 @@ def test_a_killed_training_goes_on_and_ends_with_the_same_adapter(
     corpora: dict[str, Path], encoder: EmbedderConfig, tmp_path: Path
 ) -> None:
     pairs = pairs_of(read_corpus(corpora["air"]))
-    base = training.shared_embedder(encoder)
-    texts, held_out = (base.embed([pair.text for pair in part]) for part in (pairs.train, pairs.held_out))
+    embed = training.shared_embedder(encoder).embed
 
     def fit(out: Path, checkpoint: Checkpoint) -> bytes:
-        fit_adapter(pairs, texts, held_out, out, encoder=encoder, config=CONFIG, seed=0, checkpoint=checkpoint)
+        fit_adapter(pairs, out, embed=embed, encoder=encoder, config=CONFIG, seed=0, checkpoint=checkpoint)
         return (out / "adapter_model.safetensors").read_bytes()
 
     def kill(done: int, total: int) -> None:

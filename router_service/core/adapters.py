@@ -1,0 +1,132 @@
+"""Adapters that come and go while the service runs.
+
+Which there are is written in Redis (`router_service.state.adapters`), so that all processes have the same and a restart
+finds them again: the ingress, which then routes to them, and the replicas that host their bases. Each brings what it
+has in line with that, every now and then and when it is asked for an adapter that it does not know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+
+from experts.errors import ExpertConfigError, ExpertError
+from experts.expert import AdapterHost, Expert
+from experts.fleet import FleetEntry
+from router_service.errors import BadRequestError, ConflictError, ModelNotFoundError, StateError
+from router_service.state.adapters import Registered, register, registered, withdraw
+from router_service.state.link import RedisLink
+
+logger = logging.getLogger(__name__)
+
+_POLL_S = 1.0
+
+
+class Adapters:
+    """The added adapters of the bases among `experts`; `enlist` and `dismiss` take each into use and out of it.
+
+    `faults` says of those that could not be loaded why.
+    """
+
+    def __init__(
+        self,
+        link: RedisLink,
+        experts: Mapping[str, Expert],
+        *,
+        enlist: Callable[[FleetEntry, Expert], None],
+        dismiss: Callable[[str], None],
+    ) -> None:
+        self.faults: dict[str, str] = {}
+        self.taken: dict[str, Registered] = {}
+        self._link = link
+        self._experts = experts
+        self._enlist = enlist
+        self._dismiss = dismiss
+        self._lock = asyncio.Lock()
+
+    async def add(self, entry: FleetEntry) -> Registered:
+        """Load an adapter here, which checks it, and have all others load it. When this returns, it answers.
+
+        Raises `ConflictError` where the name is taken, `BadRequestError` for what cannot be loaded, `StateError`.
+        """
+        async with self._lock:
+            if entry.name in self._experts:
+                raise ConflictError(f"there is an expert {entry.name!r}", param="name")
+            try:
+                expert = await self._load(entry)
+            except ExpertConfigError as error:
+                raise BadRequestError(str(error), param="path") from error
+            try:
+                one = await register(self._link, entry)
+                if one is None:
+                    raise ConflictError(f"there is an adapter {entry.name!r}, on another base perhaps", param="name")
+            except (StateError, ConflictError):
+                await self._unload(entry)
+                raise
+            self._take(one, expert)
+            return one
+
+    async def remove(self, name: str) -> None:
+        """Take an adapter out of use, here and in all other processes. Raises `ModelNotFoundError`, `StateError`."""
+        if not await withdraw(self._link, name):
+            known = ", ".join(map(repr, self.taken)) or "none"
+            raise ModelNotFoundError(f"no adapter {name[:128]!r} was added to the running service; added: {known}")
+        await self.sync()
+
+    async def sync(self) -> None:
+        """Have what is registered, and nothing else. Raises `StateError`."""
+        async with self._lock:
+            wanted = await registered(self._link)
+            for name in [name for name, one in self.taken.items() if wanted.get(name) != one]:
+                one = self.taken.pop(name)
+                if self.faults.pop(name, None) is None:
+                    expert = self._experts[name]
+                    self._dismiss(name)
+                    await self._unload(one.entry)
+                    await expert.close()
+                    logger.info("adapter %r is out of use", name)
+            for name, one in wanted.items():
+                if name not in self.taken and one.source.base in self._experts:
+                    await self._take_over(one)
+
+    async def watch(self) -> None:
+        """Keep in line with what is registered; runs until cancelled."""
+        while True:
+            with suppress(StateError):
+                await self.sync()
+            await asyncio.sleep(_POLL_S)
+
+    async def _take_over(self, one: Registered) -> None:
+        """Load what another process added. What is wrong with it stays so; what is away may come back."""
+        name = one.entry.name
+        try:
+            if name in self._experts:
+                raise ExpertConfigError(f"the fleet has an expert {name!r} already")
+            self._take(one, await self._load(one.entry))
+        except ExpertConfigError as error:
+            self.taken[name], self.faults[name] = one, str(error)
+            logger.error("adapter %r cannot be loaded: %s", name, error)
+        except ExpertError as error:
+            logger.warning("adapter %r cannot be loaded yet: %s", name, error)
+
+    def _take(self, one: Registered, expert: Expert) -> None:
+        self.taken[one.entry.name] = one
+        self._enlist(one.entry, expert)
+        logger.info("adapter %r is in use, from %r", one.entry.name, one.source.path)
+
+    async def _load(self, entry: FleetEntry) -> Expert:
+        """Raises `ExpertConfigError`, or another `ExpertError` where the base cannot be asked now."""
+        source = entry.adapter
+        host = self._experts.get(source.base) if source else None
+        if source is None or not isinstance(host, AdapterHost):
+            raise ExpertConfigError(f"there is no base {source.base if source else ''!r} that takes adapters")
+        await host.load_adapter(entry.name, source.path, source.revision)
+        return host.adapted(entry)
+
+    async def _unload(self, entry: FleetEntry) -> None:
+        host = self._experts.get(entry.adapter.base) if entry.adapter else None
+        if isinstance(host, AdapterHost):
+            with suppress(ExpertError):
+                await host.unload_adapter(entry.name)

@@ -1,0 +1,58 @@
+"""Which adapters were added to the running service: a hash in Redis that every process of it watches."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, cast
+
+import orjson
+
+from experts.fleet import AdapterSource, FleetEntry
+from router_service.state.link import RedisLink
+
+_KEY = "adapters"
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """An adapter's entry, as a fleet file would have it, and when (Unix time) it was added."""
+
+    entry: FleetEntry
+    at: float
+
+    @property
+    def source(self) -> AdapterSource:
+        """Its base, and where its files are."""
+        return cast("AdapterSource", self.entry.adapter)
+
+    def to_json(self) -> dict[str, Any]:
+        """The registration as JSON."""
+        return {"entry": self.entry.model_dump(mode="json", exclude_none=True), "at": self.at}
+
+
+async def register(link: RedisLink, entry: FleetEntry) -> Registered | None:
+    """Make every process load an adapter, from a folder that all of them can read; None where the name is taken.
+
+    Raises `StateError`.
+    """
+    one = Registered(entry, time.time())
+    value = orjson.dumps(one.to_json()).decode()
+    added = await link.run(lambda client: cast("Any", client.hsetnx(link.key(_KEY), entry.name, value)))
+    return one if added else None
+
+
+async def withdraw(link: RedisLink, name: str) -> bool:
+    """Make every process forget an adapter; whether it was there. Raises `StateError`."""
+    return bool(await link.run(lambda client: cast("Any", client.hdel(link.key(_KEY), name))))
+
+
+async def registered(link: RedisLink) -> dict[str, Registered]:
+    """All adapters that were added, by name. Raises `StateError`."""
+    rows = cast("dict[bytes, bytes]", await link.run(lambda client: cast("Any", client.hgetall(link.key(_KEY)))))
+    return {name.decode(): _parse(value) for name, value in rows.items()}
+
+
+def _parse(value: bytes) -> Registered:
+    data = orjson.loads(value)
+    return Registered(FleetEntry.model_validate(data["entry"]), float(data["at"]))

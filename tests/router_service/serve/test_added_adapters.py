@@ -1,0 +1,91 @@
+"""Adapters that are added while a group runs: every replica of it loads them, and forgets them again."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+import orjson
+import pytest
+import yaml
+
+from experts.build import build_group
+from experts.errors import ExpertError, ExpertUnavailableError
+from experts.expert import Expert, ExpertRequest
+from experts.fleet import AdapterSource, Fleet, FleetEntry
+from router_service.core.adapters import Adapters
+from router_service.errors import BadRequestError
+from router_service.state.link import RedisLink
+from tests.router_service.retrieving import retriever_fleet
+from tests.router_service.serve.asking import handle_expert
+from tests.router_service.serving import eventually
+
+pytestmark = pytest.mark.slow
+
+ASKED = ExpertRequest(id="e", endpoint="embeddings", body={"input": "wing flow"})
+MANY = 24  # calls, so that each of two replicas gets some
+
+
+@pytest.fixture(scope="module")
+def fleet(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    """An encoder with two adapters, deployed with the first of them alone, in two replicas."""
+    from ray import serve
+
+    from router_service.serve.applications import ExpertsArgs, experts, experts_app
+
+    folder = tmp_path_factory.mktemp("fleet")
+    fleet = retriever_fleet(folder)
+    entries = yaml.safe_load((folder / "fleet.yaml").read_text())["experts"][:2]
+    entries[0]["resources"] = {"cpus": 0.25, "replicas": 2}
+    (folder / "deployed.yaml").write_text(yaml.safe_dump({"experts": entries}))
+    application = experts(ExpertsArgs(fleet=folder / "deployed.yaml", group="search"))
+    serve.run_many([serve.RunTarget(application, experts_app("search"), None)])
+    return fleet
+
+
+async def vectors(expert: Expert) -> list[list[float]]:
+    """What many calls at once give."""
+    parts = await asyncio.gather(*(expert.embed(ASKED) for _ in range(MANY)))
+    return [orjson.loads(part.data)["data"][0]["embedding"] for part in parts]
+
+
+async def test_every_replica_loads_an_added_adapter_and_forgets_it(fleet: Fleet) -> None:
+    link = RedisLink(os.environ["REDIS_URL"])
+    assert await link.probe()
+    experts: dict[str, Expert] = {"search": handle_expert("search")}
+
+    def enlist(entry: FleetEntry, expert: Expert) -> None:
+        experts[entry.name] = expert
+
+    adapters = Adapters(link, experts, enlist=enlist, dismiss=experts.pop)
+    entry = fleet.experts[2]
+    built = build_group(fleet.groups[0])
+    expected = (await vectors(built["med"]))[0]
+    before = await vectors(experts["search"])
+    with pytest.raises(ExpertUnavailableError, match="'med' is not loaded here"):
+        await handle_expert("med", "search").embed(ASKED)
+
+    await adapters.add(entry)
+    med = experts["med"]
+    for found in await vectors(med):
+        assert found == pytest.approx(expected, abs=2e-6)
+    assert await med.healthy()
+
+    await adapters.remove("med")
+    assert "med" not in experts
+    await eventually(lambda: all_refuse(med))
+    assert not await med.healthy()
+    for found, known in zip(await vectors(experts["search"]), before, strict=True):
+        assert found == pytest.approx(known, abs=2e-6)
+
+    wrong = entry.model_copy(update={"adapter": AdapterSource(base="search", path="/nowhere")})
+    with pytest.raises(BadRequestError, match="there is no folder '/nowhere'"):
+        await adapters.add(wrong)
+    for expert in built.values():
+        await expert.close()
+    await link.close()
+
+
+async def all_refuse(expert: Expert) -> bool:
+    answers = await asyncio.gather(*(expert.embed(ASKED) for _ in range(MANY)), return_exceptions=True)
+    return all(isinstance(answer, ExpertError) for answer in answers)
