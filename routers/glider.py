@@ -53,20 +53,22 @@ class GliderConfig(RouterConfig):
     most_adapters: Annotated[int, Field(ge=1)] = 8
     examples: Annotated[int, Field(ge=1), Range(8, 64, log=True)] = 32
     nearest: Annotated[int, Field(ge=1), Range(1, 8)] = 3
-    sure_share: Annotated[float, Field(gt=0, le=1)] = 0.9
+    sure_share: Annotated[float, Field(gt=0, le=1)] = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Guidance:
     """What the global half tells the gate about one request.
 
-    `scores` are the cosines of all experts; `bias` is what is added to the gate's scores, -inf for those left out.
+    `scores` are the cosines of all experts; `bias` is what is added to the gate's scores, -inf for those left out;
+    `sure` says whether some score passes its threshold.
     `source` says what was compared, `instruction` what was written for the query, and `why` why nothing was.
     """
 
     scores: Mapping[str, float]
     bias: Mapping[str, float]
     source: Source
+    sure: bool
     instruction: str | None = None
     why: str = ""
 
@@ -138,20 +140,22 @@ class GliderRouter(FittedRouter[GliderConfig]):
         written = [i for i, instruction in enumerate(instructions) if instruction is not None]
         bare = [i for i, instruction in enumerate(instructions) if instruction is None]
         scores = np.zeros((len(texts), len(self.cards)), np.float32)
-        bias = np.zeros_like(scores)
+        bounds = np.where([[instruction is None] for instruction in instructions], self._bounds, self.config.threshold)
         scores[written] = self._embed([instructions[i] or "" for i in written]) @ self._instructions.T
         scores[bare] = self._of_queries(self._embed([texts[i] for i in bare]))
-        bias[written] = self._bias(scores[written], np.full(len(self.cards), self.config.threshold, np.float32))
-        bias[bare] = self._bias(scores[bare], self._bounds)
+        bias = self._bias(scores, bounds.astype(np.float32))
         names = [card.name for card in self.cards]
         return [
             Guidance(
                 scores=dict(zip(names, own_scores.tolist(), strict=True)),
                 bias=dict(zip(names, own_bias.tolist(), strict=True)),
                 source="query" if instruction is None else "instruction",
+                sure=bool(sure),
                 instruction=instruction,
             )
-            for own_scores, own_bias, instruction in zip(scores, bias, instructions, strict=True)
+            for own_scores, own_bias, sure, instruction in zip(
+                scores, bias, (scores > bounds).any(1), instructions, strict=True
+            )
         ]
 
     def _bias(self, scores: FloatArray, bounds: FloatArray) -> FloatArray:

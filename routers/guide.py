@@ -18,6 +18,7 @@ import re
 import uuid
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from experts.errors import ExpertError, ExpertUnavailableError
 from experts.expert import ExpertRequest
@@ -72,7 +73,7 @@ class Guide:
         """The guidance of one query; `call` asks the writer."""
         instruction, why = await self._instruction(query.text, call)
         (found,) = await asyncio.to_thread(self._router.guidance, [query.text], [instruction])
-        return Guidance(found.scores, found.bias, found.source, found.instruction, why)
+        return replace(found, why=why)
 
     async def _instruction(self, text: str, call: Call | None) -> tuple[str | None, str]:
         if self._writer is None or call is None:

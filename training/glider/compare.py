@@ -201,6 +201,7 @@ class Comparison:
             "arrow": lambda: self.gated("arrow", None),
             "phatgoose": lambda: self.gated("phatgoose", None),
             "glider": lambda: self.gated("glider", lambda g, _: RequestMixture(bias=g.bias)),
+            "glider, the base where unsure": lambda: self.gated("glider", _if_sure),
             "glider, query against instructions": lambda: self.gated("glider", self._against_instructions),
             "arrow, steered": lambda: self.gated("arrow", lambda g, _: RequestMixture(bias=g.bias)),
             "multi-task LoRA": self.multi_task,
@@ -286,6 +287,10 @@ class Comparison:
     def _base(self) -> torch.nn.Module:
         model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(self.world.base, dtype=torch.float32)
         return model.eval()
+
+
+def _if_sure(guidance: Guidance, _: int) -> RequestMixture:
+    return RequestMixture(bias=guidance.bias) if guidance.sure else RequestMixture.base()
 
 
 def _best(scores: Mapping[str, float]) -> str:
