@@ -144,18 +144,17 @@ class GliderRouter(FittedRouter[GliderConfig]):
         scores[written] = self._embed([instructions[i] or "" for i in written]) @ self._instructions.T
         scores[bare] = self._of_queries(self._embed([texts[i] for i in bare]))
         bias = self._bias(scores, bounds.astype(np.float32))
+        sure: npt.NDArray[np.bool_] = np.any(scores > bounds, axis=1)
         names = [card.name for card in self.cards]
         return [
             Guidance(
                 scores=dict(zip(names, own_scores.tolist(), strict=True)),
                 bias=dict(zip(names, own_bias.tolist(), strict=True)),
                 source="query" if instruction is None else "instruction",
-                sure=bool(sure),
+                sure=bool(own_sure),
                 instruction=instruction,
             )
-            for own_scores, own_bias, sure, instruction in zip(
-                scores, bias, (scores > bounds).any(1), instructions, strict=True
-            )
+            for own_scores, own_bias, own_sure, instruction in zip(scores, bias, sure, instructions, strict=True)
         ]
 
     def _bias(self, scores: FloatArray, bounds: FloatArray) -> FloatArray:
