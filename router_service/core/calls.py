@@ -125,6 +125,8 @@ class Caller:
             async with aclosing(generated) as parts:
                 async for part in parts:
                     opened.take(part)
+                    if part.work:
+                        self._metrics.count_work(expert, part.work)
                     self._check_cost(opened, part)
                     if whole is None:
                         yield part
