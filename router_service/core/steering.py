@@ -11,8 +11,8 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from experts.expert import Expert, ExpertRequest, Part
-from experts.fleet import Fleet, MixtureSource
+from experts.expert import AdapterHost, Expert, ExpertRequest, Part
+from experts.fleet import Fleet, FleetEntry, MixtureSource
 from experts.mixtures import is_mixture, parse_mixture
 from routers.artefact import ARTEFACT_FILE
 from routers.contracts import Call
@@ -67,6 +67,26 @@ class SteeredExpert:
         return self._own
 
 
+class SteeredHost(SteeredExpert):
+    """A base whose gates have guides, and which takes adapters while it serves."""
+
+    def __init__(self, inner: Expert, host: AdapterHost, guides: Mapping[str, Guide], call: Call) -> None:
+        super().__init__(inner, guides, call)
+        self._host = host
+
+    async def load_adapter(self, name: str, path: str, revision: str | None = None) -> None:
+        """As the base does."""
+        await self._host.load_adapter(name, path, revision)
+
+    async def unload_adapter(self, name: str) -> None:
+        """As the base does."""
+        await self._host.unload_adapter(name)
+
+    def adapted(self, entry: FleetEntry) -> Expert:
+        """As the base does."""
+        return self._host.adapted(entry)
+
+
 def steered(fleet: Fleet, experts: Mapping[str, Expert]) -> dict[str, Expert]:
     """The experts, those with a guided gate in a `SteeredExpert`. Raises `RouterConfigError` for what is no router."""
     result, by_base = dict(experts), dict[str, dict[str, Guide]]()
@@ -81,7 +101,11 @@ def steered(fleet: Fleet, experts: Mapping[str, Expert]) -> dict[str, Expert]:
             names = entry.name, Path(entry.mixture.gate or "").name
             by_base.setdefault(entry.mixture.base, {}).update(dict.fromkeys(names, guide))
     for base, guides in by_base.items():
-        result[base] = SteeredExpert(experts[base], guides, call)
+        inner = experts[base]
+        if isinstance(inner, AdapterHost):
+            result[base] = SteeredHost(experts[base], inner, guides, call)
+        else:
+            result[base] = SteeredExpert(inner, guides, call)
     return result
 
 

@@ -13,7 +13,7 @@ import yaml
 
 from experts.build import build_experts
 from experts.errors import ExpertConfigError
-from experts.expert import Expert, ExpertRequest
+from experts.expert import AdapterHost, Expert, ExpertRequest
 from experts.fleet import Fleet, load_fleet
 from router_service.core.steering import SteeredExpert, steered
 from routers.glider import GliderRouter
@@ -91,7 +91,9 @@ async def test_the_gate_gets_the_bias_of_the_guide_by_every_name(fleet: Fleet, p
 
 
 def test_only_gates_with_a_router_are_steered(fleet: Fleet, plain: dict[str, Expert], tmp_path: Path) -> None:
-    assert all(isinstance(expert, SteeredExpert) for expert in steered(fleet, plain).values())
+    experts = steered(fleet, plain)
+    assert all(isinstance(expert, SteeredExpert) for expert in experts.values())
+    assert isinstance(experts["pocket-base"], AdapterHost) == isinstance(plain["pocket-base"], AdapterHost) is True
     bare = fleet.model_copy(update={"experts": fleet.experts[:1]})
     assert steered(bare, {"pocket-base": plain["pocket-base"]}) == {"pocket-base": plain["pocket-base"]}
 
