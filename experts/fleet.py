@@ -95,13 +95,15 @@ class MixtureSource(_Model):
     """Adapters of the local entry named `base`, mixed: by weights that are given, or by a gate for each token.
 
     `adapters` are weights by the adapters' names; `gate` is the folder (or hub name) of a saved mixture, which brings
-    adapters of its own.
+    adapters of its own. A folder with a router beside the gate (`train glider`) steers each request by its task, which
+    the expert named `writer` puts into words; without one the query itself stands for it.
     """
 
     base: str = Field(min_length=1)
     adapters: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
     gate: str | None = Field(default=None, min_length=1)
     revision: str | None = None
+    writer: str | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
@@ -290,6 +292,8 @@ class Fleet(_Model):
         if mixture.base not in models:
             known = ", ".join(map(repr, models)) or "none"
             raise ValueError(f"expert {entry.name!r}: base {mixture.base!r} is no local model; there are: {known}")
+        if mixture.writer and mixture.writer not in {other.name for other in self.experts}:
+            raise ValueError(f"expert {entry.name!r}: its writer {mixture.writer!r} is no expert of the fleet")
         own = {other.name for other in self.experts if other.adapter and other.base == mixture.base}
         if unknown := sorted(set(mixture.adapters) - own):
             known = ", ".join(map(repr, sorted(own))) or "none"

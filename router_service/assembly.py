@@ -8,6 +8,7 @@ from pathlib import Path
 from experts.expert import Expert
 from experts.fleet import Fleet
 from router_service.app import build_application
+from router_service.core.steering import steered
 from router_service.http.application import Application
 from router_service.log import configure_logging
 from router_service.settings import Settings
@@ -60,7 +61,7 @@ def assemble(
     configure_logging(as_json=settings.log_json)
     return build_application(
         settings,
-        experts=experts,
+        experts=steered(fleet, experts),
         cards=fleet.cards,
         policies=policies,
         load=load_fitted_router,

@@ -21,7 +21,7 @@ from safetensors.numpy import load, save
 from routers.errors import RouterConfigError
 
 FORMAT = 1
-_JSON, _ARRAYS = "router.json", "router.safetensors"
+ARTEFACT_FILE, _ARRAYS = "router.json", "router.safetensors"
 
 AnyArray = npt.NDArray[Any]
 
@@ -67,7 +67,7 @@ def write(folder: Path, header: Mapping[str, Any], arrays: Mapping[str, AnyArray
         "sha256": hashlib.sha256(blob).hexdigest(),
     }
     _replace(folder / _ARRAYS, blob)
-    _replace(folder / _JSON, json.dumps(described, indent=1, allow_nan=False).encode() + b"\n")
+    _replace(folder / ARTEFACT_FILE, json.dumps(described, indent=1, allow_nan=False).encode() + b"\n")
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -86,22 +86,22 @@ def read(folder: Path) -> Artefact:
     except (OSError, SafetensorError) as error:
         raise RouterConfigError(f"router artefact {str(folder)!r}: {_ARRAYS} cannot be read: {error}") from error
     if header.get("sha256") != hashlib.sha256(blob).hexdigest():
-        artefact.refuse(f"is broken: {_ARRAYS} is not the file that {_JSON} was written with")
+        artefact.refuse(f"is broken: {_ARRAYS} is not the file that {ARTEFACT_FILE} was written with")
     found = {name: {"shape": list(array.shape), "dtype": str(array.dtype)} for name, array in arrays.items()}
     if header.get("arrays") != found:
-        artefact.refuse(f"is broken: {_JSON} describes other arrays than {_ARRAYS} holds")
+        artefact.refuse(f"is broken: {ARTEFACT_FILE} describes other arrays than {_ARRAYS} holds")
     return Artefact(folder, header, arrays)
 
 
 def read_header(folder: Path) -> dict[str, Any]:
     """The contents of `router.json`, of this version and naming its router. Raises `RouterConfigError`."""
     try:
-        header = json.loads((folder / _JSON).read_bytes())
+        header = json.loads((folder / ARTEFACT_FILE).read_bytes())
     except (OSError, ValueError) as error:
-        raise RouterConfigError(f"router artefact {str(folder)!r}: {_JSON} cannot be read: {error}") from error
+        raise RouterConfigError(f"router artefact {str(folder)!r}: {ARTEFACT_FILE} cannot be read: {error}") from error
     artefact = Artefact(folder, {}, {})
     if not isinstance(header, dict) or not isinstance(header.get("router"), str):
-        artefact.refuse(f"is broken: {_JSON} does not name a router")
+        artefact.refuse(f"is broken: {ARTEFACT_FILE} does not name a router")
     if header.get("format") != FORMAT:
         artefact.refuse(f"has format {header.get('format')!r}, this version reads {FORMAT}: fit the router again")
     return header

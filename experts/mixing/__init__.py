@@ -9,12 +9,14 @@ rank_gates.py  smora and flylora, whose experts are ranks
 selection.py from scores to a decision
 balance.py   what a forward pass says of its gates, and the losses made of it
 adapters.py  adapters as matrices for each layer: read, made, written in PEFT's format
+assemble.py  one mixture of adapters whose gates were made apart
 install.py   `install_mixture`, `load_mixture` and the `Mixture` that takes itself out again
 
 docs/mixing.md says how to use it.
 """
 
 from experts.mixing.adapters import LayerAdapter, new_adapters, read_adapters
+from experts.mixing.assemble import assemble_mixture
 from experts.mixing.install import GATES, Mixture, fresh_adapters, install_mixture, load_mixture
 from experts.mixing.state import MixingState, RequestMixture
 
@@ -24,6 +26,7 @@ __all__ = [
     "MixingState",
     "Mixture",
     "RequestMixture",
+    "assemble_mixture",
     "fresh_adapters",
     "install_mixture",
     "load_mixture",

@@ -59,6 +59,7 @@ class Gate(nn.Module):
         per_block: One decision for all adapted layers of a block (an attention or an MLP), made by the first of them.
         learns: What training changes.
         learns_alone: Each adapter's gate is trained with that adapter alone, by `solo`.
+        by_rows: Row e of each tensor of the gate is adapter e's alone, so that gates made apart can be laid together.
         fresh: Number and rank of the adapters that the method makes where it is given none; several numbers are for
             successive parts of the model's depth.
         takes_weights: Whether a request can bring weights of its own, other than those of the base alone.
@@ -73,6 +74,7 @@ class Gate(nn.Module):
     per_block: ClassVar[bool] = False
     learns: ClassVar[Learns] = "gate and adapters"
     learns_alone: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = False
     fresh: ClassVar[tuple[tuple[int, ...], int]] = ((8,), 16)
     alpha: ClassVar[float] = 2.0
     mlp_only: ClassVar[bool] = False

@@ -49,8 +49,8 @@ GATES: dict[str, type[Gate]] = {
 GATE_FILE = "gate.safetensors"
 
 
-class _Description(BaseModel):
-    """The metadata of a gate file."""
+class GateFile(BaseModel):
+    """The metadata of a gate file: the method, its options, the adapters in the order of its tensors' rows."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -130,7 +130,7 @@ class Mixture:
         """Write the adapters and the gate file."""
         for name in self.adapters:
             write_adapter(self.adapter(name), folder / "adapters" / name)
-        described = _Description(
+        described = GateFile(
             gate=self.gate.method, options=self.options.model_dump(mode="json"), adapters=list(self.adapters)
         )
         tensors = {
@@ -213,7 +213,7 @@ def fresh_adapters(
 
 def load_mixture(model: nn.Module, folder: Path) -> Mixture:
     """Install a saved mixture. Raises `MixingError` where files are missing, malformed or of another base."""
-    described, tensors = _read_gate_file(folder / GATE_FILE)
+    described, tensors = read_gate_file(folder / GATE_FILE)
     adapters = read_adapters({name: folder / "adapters" / name for name in described.adapters}, model)
     mixture = install_mixture(model, adapters, described.gate, described.options)
     try:
@@ -301,12 +301,13 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, layer)
 
 
-def _read_gate_file(path: Path) -> tuple[_Description, dict[str, Tensor]]:
+def read_gate_file(path: Path) -> tuple[GateFile, dict[str, Tensor]]:
+    """What a gate file says and its tensors, `LAYER/TENSOR`. Raises `MixingError`."""
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("mixture", "")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-        return _Description.model_validate(json.loads(text)), tensors
+        return GateFile.model_validate(json.loads(text)), tensors
     except (OSError, SafetensorError) as error:
         raise MixingError(f"{str(path)!r} cannot be read: {error}") from error
     except ValueError as error:

@@ -74,6 +74,7 @@ class ArrowGate(Gate):
     method = "arrow"
     options_type = ArrowOptions
     learns = "nothing"
+    by_rows = True
     prototypes: Tensor
 
     def __init__(self, site: Site, options: ArrowOptions) -> None:
@@ -115,6 +116,7 @@ class PhatgooseGate(Gate):
     options_type = PhatgooseOptions
     learns = "gate"
     learns_alone = True
+    by_rows = True
 
     def __init__(self, site: Site, options: PhatgooseOptions) -> None:
         super().__init__(site, options)
@@ -139,10 +141,13 @@ class GliderGate(PhatgooseGate):
     method = "glider"
 
 
-def glider_bias(similarity: Tensor, *, threshold: float = 0.8, sure: float = 100.0, unsure: float = 3.0) -> Tensor:
+def glider_bias(
+    similarity: Tensor, *, threshold: float | Tensor = 0.8, sure: float = 100.0, unsure: float = 3.0
+) -> Tensor:
     """The bias [B, E] of a batch of requests from the cosines [B, E] of instructions: alpha * s_glob.
 
-    alpha is `unsure`, and `sure` more for a request whose largest cosine passes `threshold`.
+    alpha is `unsure`, and `sure` more for a request of which some cosine passes `threshold`, which may be
+    each adapter's own [E].
     """
-    certain = (similarity.max(1, keepdim=True).values > threshold).to(similarity.dtype)
+    certain = (similarity > threshold).any(1, keepdim=True).to(similarity.dtype)
     return (sure * certain + unsure) * similarity

@@ -18,6 +18,7 @@ from router_service.cli.console import CommandError, errors, out, write_json
 from router_service.cli.job import Address, Submit, Wait, WorkingDir, run_as_job, train_command
 from router_service.cli.progress import steps
 from router_service.cli.promote import put_in_service
+from router_service.cli.train_glider import train_glider
 from router_service.cli.train_mole import train_mole
 from router_service.cli.train_retriever import train_retriever
 from router_service.cli.train_router_r1 import train_router_r1
@@ -57,6 +58,7 @@ app.command("categories")(composition.categories)
 app.command("table")(composition.table)
 app.command("mole")(train_mole)
 app.command("router_r1")(train_router_r1)
+app.command("glider")(train_glider)
 
 
 @app.command(_ROUTER, hidden=True)

@@ -84,6 +84,6 @@ def table(cards: list[ExpertCard]) -> Observations:
     )
 
 
-@pytest.fixture(params=["best", "cheapest", "random", "knn", "composition"])
+@pytest.fixture(params=["best", "cheapest", "random", "knn", "composition", "glider"])
 def router_name(request: pytest.FixtureRequest) -> Any:
     return request.param

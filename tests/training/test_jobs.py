@@ -27,6 +27,7 @@ from router_service.serve.environment import free_ports
 from tests.experts.embedding.encoders import save_encoder
 from tests.experts.models import save_model
 from tests.experts.upstream import run_upstream
+from tests.training.glider.pocket_tasks import ADAPTERS, BASE, pocket_tasks
 from tests.training.retriever.corpora import save_corpus
 from tests.training.tables import CARDS, small_table
 from training.errors import SubmitError
@@ -270,6 +271,21 @@ async def test_a_policy_of_router_r1_trains_as_a_job(ray_head: dict[str, str], t
     report = await train(ray_head, *arguments, trainer="router_r1")
     assert [line["step"] for line in report["curves"]] == [1, 2]
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+async def test_the_experts_of_a_glider_mixture_train_side_by_side_in_a_job(
+    ray_head: dict[str, str], tmp_path: Path
+) -> None:
+    """As tasks of the job's cluster; the mixture is the one that is made here, one expert after another."""
+    tasks = pocket_tasks(tmp_path, "units", "roman")
+    arguments = ["--base", str(BASE), "--adapters", str(ADAPTERS), "--tasks", str(tasks)]
+    manifest = await train(ray_head, *arguments, "--out", str(tmp_path / "job"), "--submit", trainer="glider")
+    local = {name: value for name, value in ray_head.items() if name != "RAY_ADDRESS"}
+    here = await train(local, *arguments, "--out", str(tmp_path / "here"), trainer="glider")
+    assert manifest["experts"] == here["experts"]
+    for file in ("gate.safetensors", "router/router.safetensors"):
+        assert (tmp_path / "job" / file).read_bytes() == (tmp_path / "here" / file).read_bytes()
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from experts.mixing import Mixture, RequestMixture
@@ -44,6 +44,7 @@ class MixtureTrainer(SFTTrainer):  # type: ignore[misc]
         self._step: list[Record] = []  # of this step so far, over all processes
         self._recent: list[Record] = []  # of the steps since the last report
         super().__init__(model=mixture.model, args=args, callbacks=[_AfterStep(self, on_step)], **rest)
+        self.remove_callback(PrinterCallback)  # what a command prints is the report alone
         self.data_collator: Any = Collator(self.data_collator)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:

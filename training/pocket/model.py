@@ -7,6 +7,7 @@ makes, ``W + s B A``: the gradient of that small matrix gives those of ``A`` and
 more than one of full training.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 RANK = 16
-LORA_ALPHA = 32
+SCALE = 2  # alpha / rank
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 SHAPES = {
     "base": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6},
@@ -40,12 +41,12 @@ def _attention(
     return mixed.to(query.dtype).transpose(1, 2).contiguous(), None
 
 
-def new_model(shape: str, tokenizer: "PreTrainedTokenizerFast", seed: int) -> "LlamaForCausalLM":
+def new_model(shape: Mapping[str, int], tokenizer: "PreTrainedTokenizerFast", seed: int) -> "LlamaForCausalLM":
     """A model with fresh weights, to be trained."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        **SHAPES[shape],
+        **shape,
         vocab_size=len(tokenizer),
         max_position_embeddings=CONTEXT,
         tie_word_embeddings=True,
@@ -108,18 +109,19 @@ class FullMasters:
 class LoraMasters:
     """Low-rank pairs for every projection of a frozen model; ``parameters`` has PEFT's names."""
 
-    def __init__(self, model: "LlamaForCausalLM", seed: int) -> None:
+    def __init__(self, model: "LlamaForCausalLM", seed: int, rank: int = RANK) -> None:
+        self.rank = rank
         generator = torch.Generator().manual_seed(seed)
         self._frozen: dict[str, Tensor] = {}
         self.parameters: dict[str, nn.Parameter] = {}
         for name, weight in model.named_parameters():
             weight.requires_grad_(name.split(".")[-2] in PROJECTIONS)
             if weight.requires_grad:
-                self._frozen[name] = weight.detach().float()
+                self._frozen[name] = weight.detach().float().clone()  # `write` changes the weight
                 rows, columns = weight.shape
-                a = torch.empty(RANK, columns).uniform_(-1, 1, generator=generator) * columns**-0.5
+                a = torch.empty(rank, columns).uniform_(-1, 1, generator=generator) * columns**-0.5
                 self.parameters[_lora_name(name, "A")] = nn.Parameter(a)
-                self.parameters[_lora_name(name, "B")] = nn.Parameter(torch.zeros(rows, RANK))
+                self.parameters[_lora_name(name, "B")] = nn.Parameter(torch.zeros(rows, rank))
 
     def _pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         return self.parameters[_lora_name(name, "A")], self.parameters[_lora_name(name, "B")]
@@ -129,7 +131,7 @@ class LoraMasters:
         with torch.no_grad():
             for name, frozen in self._frozen.items():
                 a, b = self._pair(name)
-                weights[name].copy_(frozen + LORA_ALPHA / RANK * b @ a)
+                weights[name].copy_(frozen + SCALE * b @ a)
 
     def read_gradients(self, model: "LlamaForCausalLM") -> None:
         weights = dict(model.named_parameters())
@@ -138,7 +140,7 @@ class LoraMasters:
             gradient = weights[name].grad
             if gradient is None:
                 continue
-            gradient = LORA_ALPHA / RANK * gradient.float()
+            gradient = SCALE * gradient.float()
             a.grad, b.grad = b.detach().T @ gradient, gradient @ a.detach().T
             weights[name].grad = None
 
@@ -153,7 +155,11 @@ def save_adapter(masters: LoraMasters, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     LoraConfig(
-        r=RANK, lora_alpha=LORA_ALPHA, target_modules=list(PROJECTIONS), task_type="CAUSAL_LM", inference_mode=True
+        r=masters.rank,
+        lora_alpha=SCALE * masters.rank,
+        target_modules=list(PROJECTIONS),
+        task_type="CAUSAL_LM",
+        inference_mode=True,
     ).save_pretrained(str(folder))
     tensors = {name: weight.detach().to(torch.bfloat16).contiguous() for name, weight in masters.parameters.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -179,5 +185,5 @@ def load_model(folder: Path, adapter: Path | None = None) -> "LlamaForCausalLM":
             for name, weight in model.named_parameters():
                 if name.split(".")[-2] in PROJECTIONS:
                     a, b = pairs[_lora_name(name, "A")].float(), pairs[_lora_name(name, "B")].float()
-                    weight += LORA_ALPHA / RANK * b @ a
+                    weight += SCALE * b @ a
     return model.eval()

@@ -7,8 +7,9 @@ with AdamW.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from training.pocket.curriculum import lesson
 from training.pocket.fleet import BASE, GENERALIST
 from training.pocket.model import (
     COMPUTE,
+    SHAPES,
     FullMasters,
     LoraMasters,
     Masters,
@@ -212,14 +214,17 @@ def train_step(
 def run_loop(
     name: str,
     recipe: Recipe,
-    seed: int,
+    draw: Callable[[int], Pairs],
     model: "LlamaForCausalLM",
+    tokenizer: "PreTrainedTokenizerFast",
     masters: Masters,
     checkpoint: Checkpoint,
     stop_at: int | None = None,
 ) -> float:
-    """Trains from the checkpoint's step to the last, or to ``stop_at``; returns the last loss."""
-    tokenizer = build_tokenizer()
+    """Trains from the checkpoint's step to the last, or to ``stop_at``; returns the last loss.
+
+    ``draw`` gives the pairs of a step by its number.
+    """
     train_attention(model)
     optimizers = make_optimizers(masters, recipe)
     first = checkpoint.load(masters, optimizers)
@@ -227,7 +232,7 @@ def run_loop(
     last = recipe.steps if stop_at is None else stop_at
     loss, tokens, started = float("nan"), 0, time.monotonic()
     for step in track_steps(name, first, last):
-        batches = list(collate(tokenizer, draw_pairs(name, recipe, seed, step)))
+        batches = list(collate(tokenizer, draw(step)))
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.lr * lr_factor(step, recipe)
@@ -270,20 +275,21 @@ def train(
         from_weights: Whether a whole model starts from its weights in ``folder`` rather than from fresh ones.
     """
     recipe = recipe or RECIPES[name]
-    checkpoint = Checkpoint(work / f"{name}.safetensors")
+    checkpoint, tokenizer = Checkpoint(work / f"{name}.safetensors"), build_tokenizer()
+    draw = partial(draw_pairs, name, recipe, seed)
     if name in SKILLS:
         if not (folder / BASE / "config.json").exists():
             raise PocketError(f"no trained base in {str(folder / BASE)!r}: train 'base' first")
         model = load_model(folder / BASE).to(COMPUTE).train()
         lora = LoraMasters(model, seed)
-        loss = run_loop(name, recipe, seed, model, lora, checkpoint, stop_at)
+        loss = run_loop(name, recipe, draw, model, tokenizer, lora, checkpoint, stop_at)
         if stop_at is None:
             save_adapter(lora, folder / "adapters" / name)
         return loss
-    model = _restart(folder / name) if from_weights else new_model(name, build_tokenizer(), seed)
-    loss = run_loop(name, recipe, seed, model, FullMasters(model), checkpoint, stop_at)
+    model = _restart(folder / name) if from_weights else new_model(SHAPES[name], tokenizer, seed)
+    loss = run_loop(name, recipe, draw, model, tokenizer, FullMasters(model), checkpoint, stop_at)
     if stop_at is None:
-        save_model(model, build_tokenizer(), folder / name)
+        save_model(model, tokenizer, folder / name)
     return loss
 
 

@@ -13,7 +13,7 @@ from training.pocket import model as pocket_model
 from training.pocket.answers import answers
 from training.pocket.fleet import Member
 from training.pocket.generate import respond
-from training.pocket.model import load_model
+from training.pocket.model import LoraMasters, load_model, new_model
 from training.pocket.questions import PocketError
 from training.pocket.tokens import build_tokenizer
 from training.pocket.train import RECIPES, collate, draw_pairs, train
@@ -59,6 +59,21 @@ def test_specialist_is_a_peft_adapter_and_answers_as_when_merged(tmp_path: Path)
         merged = load_model(tmp_path / "base", adapter)(ids).logits
     assert (plain - adapted).abs().max() > 1e-3
     torch.testing.assert_close(adapted, merged)
+
+
+def test_an_adapter_is_always_added_to_the_base_as_it_was() -> None:
+    """Whatever the number of steps, in float32 too."""
+    model = new_model(TINY, build_tokenizer(), 0).float()
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    masters = LoraMasters(model, 0, rank=4)
+    for pair in masters.parameters.values():
+        torch.nn.init.normal_(pair, std=0.1)
+    masters.write(model)
+    once = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    masters.write(model)
+    for name, weight in model.named_parameters():
+        torch.testing.assert_close(weight.detach(), once[name])
+    assert any(not torch.equal(once[name], weight) for name, weight in before.items())
 
 
 def test_specialist_needs_the_base(tmp_path: Path) -> None:
