@@ -182,8 +182,8 @@ class Caller:
         record, card, grant = opened.record, opened.lane.card, opened.grant
         opened.lane.leave()
         record.latency_s = time.perf_counter() - opened.started
-        record.estimated = opened.usage is None
         record.usage = opened.usage or _guess(opened)
+        record.estimated = record.usage.estimated
         record.cost_usd = card.cost(record.usage)
         if self._cost and grant:
             self._cost.settle(grant, None if record.estimated else record.cost_usd)
@@ -225,7 +225,7 @@ def _guess(opened: _Open) -> Usage:
     else:
         bound = ASSUMED_OUTPUT if query.max_output_tokens is None else query.max_output_tokens
         written = 0 if record.parts else bound * query.choices
-    return Usage(input_tokens=query.input_tokens, output_tokens=written)
+    return Usage(input_tokens=query.input_tokens, output_tokens=written, estimated=True)
 
 
 def _cut_off(opened: _Open) -> None:

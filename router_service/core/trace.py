@@ -15,7 +15,8 @@ class CallRecord:
 
     `outcome` tells whose fault an `error` is: the request was `refused` (the client's), the call was `cut_off` (nobody
     waits for it any more), or the expert failed.
-    `estimated` says that the expert never told its usage (the call was cut off), so that it was counted from outside.
+    `estimated` says that the expert never told its usage (the call was cut off, or its API tells none), so that it was
+    counted from outside.
     """
 
     expert: str

@@ -23,7 +23,7 @@ Request: TypeAlias = tuple[str, str, bytes, float]
 
 Reply: TypeAlias = (
     tuple[Literal["accepted"]]
-    | tuple[Literal["part"], bytes, tuple[int, int, int] | None]
+    | tuple[Literal["part"], bytes, tuple[int, int, int, bool] | None]
     | tuple[Literal["error"], str, str, dict[str, Any]]
 )
 """`accepted` comes first and says that a replica has the request; then parts, or an error in their place."""
@@ -51,8 +51,9 @@ def unpack_request(request: Request) -> ExpertRequest:
 def pack_part(part: Part) -> Reply:
     """A part for the wire."""
     usage = part.usage
-    counts = (usage.input_tokens, usage.output_tokens, usage.cached_input_tokens) if usage else None
-    return "part", part.data, counts
+    if usage is None:
+        return "part", part.data, None
+    return "part", part.data, (usage.input_tokens, usage.output_tokens, usage.cached_input_tokens, usage.estimated)
 
 
 def pack_error(error: ExpertError) -> Reply:
