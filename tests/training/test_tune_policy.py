@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,16 +12,20 @@ from typer.testing import CliRunner
 
 from experts.cards import ExpertCard
 from router_service.cli import app
+from router_service.core.calls import Caller, Lane
+from router_service.core.trace import Trace
+from router_service.metrics import Metrics
 from routers.contracts import Estimates, Observations
 from routers.errors import ObservationError
 from routers.policy import Ceilings, Policy, StrategyChoice, Target, load_policy
 from routers.registry import AnyRouter, create_router
 from routers.strategies import create_strategy, strategy_names
 from routers.strategies.cascade import CascadeStrategy
+from tests.router_service.fakes import FakeExpert
 from training import tune_policy as tune_policy_module
 from training.acceptance import fit_acceptance
 from training.observations import ObservedQuery, Table, load_table, write_table
-from training.tune_policy import STRATEGIES, decide, play, tune_policy
+from training.tune_policy import STRATEGIES, chat_request, decide, play, tune_policy
 
 CARDS = [
     ExpertCard(name="small", description="cheap", input_price=0.1, output_price=0.4),
@@ -94,6 +99,29 @@ def test_playing_is_what_the_strategy_does(table: Table) -> None:
     assert poor.cost_usd.max() <= 3.5e-4
     frugal = BEST.model_copy(update={"ceilings": Ceilings(cost_usd=3.5e-4)})
     np.testing.assert_array_equal(play(frugal, decisions, table.test).quality, table.test.quality[:, 0])  # falls back
+
+
+@pytest.mark.parametrize("strategy", ["single", "cascade"])
+async def test_the_service_keeps_the_ceilings_as_they_were_played(table: Table, strategy: str) -> None:
+    """A call that the one ceiling refuses is none of those that the other counts."""
+    choice = StrategyChoice(name=strategy, options={"experts": ["large", "small"]} if strategy == "cascade" else {})
+    limits = Ceilings(calls=1, cost_usd=3.5e-4)
+    served = BEST.model_copy(update={"ceilings": limits, "strategy": choice})
+    first = table.test.rows(np.arange(1))
+    flat = np.array([[0.5, 0.8]], np.float32)
+    (made,) = decide(served, Estimates(quality=flat, cost_usd=first.cost_usd, latency_s=flat), first)
+    assert made is not None
+    assert [candidate.expert for candidate in made.ranking] == ["large", "small"]
+    assert play(served, [made], first).calls.tolist() == [1]
+
+    lanes = {one.name: Lane(one, FakeExpert(one.name), limit=5) for one in CARDS}
+    trace = Trace(id="1", request_id="1", at=0.0, key="k", endpoint="chat/completions", model="p", stream=False)
+    metrics = Metrics()
+    caller = Caller(lanes, trace, metrics, deadline=time.monotonic() + 60, ceilings=limits)
+    parts = create_strategy(served).run(made, chat_request(first.texts[0]), caller)
+    assert [part async for part in parts]
+    assert [(call.expert, call.outcome) for call in trace.calls] == [("large", "not_sent"), ("small", "ok")]
+    assert b'expert="large"' not in metrics.render()
 
 
 def test_an_answer_that_a_ceiling_cuts_short_is_not_the_one_observed(table: Table) -> None:

@@ -208,6 +208,10 @@ async def test_what_a_late_call_may_have_used_is_spent(redis_server: RedisProces
         calls = (await used(service))["calls"]
         assert [call["expert"] for call in calls] == ["a", "b"]
         assert not service.experts["b"].requests
+        assert response.headers["x-router-attempts"] == "1"
+        metrics = (await service.client.get("/metrics")).text
+        assert 'expert="a",outcome="error"' in metrics
+        assert 'expert="b",outcome=' not in metrics
         response = await service.chat(max_tokens=20)  # which leaves enough for the second
         assert response.headers["x-router-expert"] == "b"
 
