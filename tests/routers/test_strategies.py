@@ -417,6 +417,17 @@ async def test_one_choice_alone(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["cascade", "vote", "mixture_of_agents", "self_moa"])
+@pytest.mark.parametrize("prompt", [["one", "two"], ["one"], [5, 6], [[5, 6], [7]]])
+async def test_one_prompt_alone_and_as_text(strategy: str, prompt: list[Any]) -> None:
+    policy = Policy.model_validate({"name": "p", "strategy": {"name": strategy}})
+    fleet = FakeFleet(a=says("9"))
+    asked = ExpertRequest(id="1", endpoint="completions", body={"prompt": prompt})
+    with pytest.raises(ExpertRequestError, match="'prompt' must be a string") as caught:
+        await collect(create_strategy(policy).run(decision("a"), asked, fleet), [])
+    assert (caught.value.param, fleet.calls) == ("prompt", [])
+
+
+@pytest.mark.parametrize("strategy", ["cascade", "vote", "mixture_of_agents", "self_moa"])
 async def test_a_client_that_hangs_up_ends_every_call(strategy: str) -> None:
     fleet = FakeFleet(**{name: [ROLE, 30.0] for name in "abc"})
     task = asyncio.create_task(run(strategy, fleet))
