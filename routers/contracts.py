@@ -166,7 +166,7 @@ class Router(Protocol):
 class Candidate:
     """One expert of a decision with its numbers; `score` is the utility by the policy's objective.
 
-    `context_length` is its card's, in tokens.
+    `context_length`, in tokens, and `features` are its card's.
     """
 
     expert: str
@@ -176,6 +176,7 @@ class Candidate:
     cost_usd: float
     latency_s: float
     uncertainty: float | None = None
+    features: frozenset[Feature] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

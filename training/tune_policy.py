@@ -209,7 +209,9 @@ def play(policy: Policy, decisions: Sequence[Decision | None], observed: Observa
             continue
         purse = _Purse(policy, observed, row)
         if cascade:
-            rows.append(_play_cascade(cascade_steps(decision, cascade), cascade, purse, places))
+            steps = cascade_steps(decision, cascade)
+            others = [one for one in decision.ranking if one not in steps][: policy.fallbacks.max_attempts - 1]
+            rows.append(_play_cascade(steps, others, cascade, purse, places))
         else:
             rows.append(_play_single(decision.ranking[: policy.fallbacks.max_attempts], purse, places))
     quality, cost, calls = np.array(rows, np.float64).T
@@ -271,9 +273,16 @@ def _play_single(ranking: Sequence[Candidate], purse: _Purse, places: Mapping[st
 
 
 def _play_cascade(
-    steps: Sequence[Candidate], options: CascadeOptions, purse: _Purse, places: Mapping[str, int]
+    steps: Sequence[Candidate],
+    others: Sequence[Candidate],
+    options: CascadeOptions,
+    purse: _Purse,
+    places: Mapping[str, int],
 ) -> tuple[float, float, float]:
-    """The first answer accepted, or the last step's; where that may not be asked, the best of those rejected."""
+    """The first answer accepted, or the last step's; where that may not be asked, the best of those rejected.
+
+    Where no step may be asked, the first of the `others` that may answers.
+    """
     rejected: list[tuple[float, float]] = []
     for candidate in steps:
         place = places[candidate.expert]
@@ -282,14 +291,19 @@ def _play_cascade(
             continue
         if np.isnan(quality):
             return _NOT_OBSERVED
-        score = options.acceptance.score(candidate.quality, purse.confidence(place))
+        confidence = purse.confidence(place) if options.asks_logprobs(candidate) else None
+        score = options.acceptance.score(candidate.quality, confidence)
         if score >= options.threshold or candidate is steps[-1]:
             return purse.paid(quality)
         rejected.append((score, quality))
-    return purse.paid(max(rejected, key=lambda found: found[0])[1] if rejected else 0.0)
+    if not rejected:
+        return _play_single(others, purse, places)
+    return purse.paid(max(rejected, key=lambda found: found[0])[1])
 
 
 def _candidates(policy: Policy, train: Observations, acceptance: Acceptance) -> Iterator[Policy]:
+    silent = policy.strategy.name == "cascade" and policy.strategy.options.get("logprobs") is False
+    kept = {"logprobs": False} if silent else {}
     objectives = [Objective(quality=worth, cost=1, latency=policy.objective.latency) for worth in _WORTHS]
     for objective in objectives:
         yield _with(policy, objective, StrategyChoice(name="single"))
@@ -302,7 +316,7 @@ def _candidates(policy: Policy, train: Observations, acceptance: Acceptance) -> 
     shapes += [(objective, {"steps": steps}) for objective in objectives[::3] for steps in _STEPS]
     for objective, shape in shapes:
         for threshold in _THRESHOLDS:
-            options = {**shape, "threshold": threshold, "acceptance": acceptance.model_dump()}
+            options = {**shape, **kept, "threshold": threshold, "acceptance": acceptance.model_dump()}
             yield _with(policy, objective, StrategyChoice(name="cascade", options=options))
 
 

@@ -43,6 +43,11 @@ class BaseStrategy(ABC, Generic[OptionsT]):
         """How many calls it needs to be what it is, where nothing fails."""
         return 1
 
+    def attempt_s(self, left: float) -> float:
+        """Seconds that one attempt has, of those that are `left`."""
+        own = self.fallbacks.attempt_timeout_s
+        return left if own is None else min(left, own)
+
     @abstractmethod
     def run(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncIterator[Part]:
         """Answer `request` by calling experts of `decision`."""

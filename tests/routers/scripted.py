@@ -54,9 +54,17 @@ class FakeFleet:
 
 
 def decision(*experts: str) -> Decision:
-    """Experts in this order; what is in capitals has a longer context."""
+    """Experts in this order, all with the feature `logprobs`; what is in capitals has a longer context."""
     ranking = [
-        Candidate(expert=e, context_length=8192 if e.isupper() else 4096, score=1, quality=1, cost_usd=0, latency_s=0)
+        Candidate(
+            expert=e,
+            context_length=8192 if e.isupper() else 4096,
+            score=1,
+            quality=1,
+            cost_usd=0,
+            latency_s=0,
+            features=frozenset({"logprobs"}),
+        )
         for e in experts
     ]
     return Decision(policy="p", router="r", strategy="single", ranking=ranking)

@@ -27,9 +27,10 @@ from training.acceptance import fit_acceptance
 from training.observations import ObservedQuery, Table, load_table, write_table
 from training.tune_policy import STRATEGIES, chat_request, decide, play, tune_policy
 
+TELLS = frozenset({"logprobs"})
 CARDS = [
-    ExpertCard(name="small", description="cheap", input_price=0.1, output_price=0.4),
-    ExpertCard(name="large", description="dear", input_price=1.0, output_price=4.0),
+    ExpertCard(name="small", description="cheap", input_price=0.1, output_price=0.4, features=TELLS),
+    ExpertCard(name="large", description="dear", input_price=1.0, output_price=4.0, features=TELLS),
 ]
 BEST = Policy.model_validate({"name": "p", "objective": {"quality": 1, "cost": 0}, "router": {"name": "best"}})
 
@@ -101,10 +102,10 @@ def test_playing_is_what_the_strategy_does(table: Table) -> None:
     np.testing.assert_array_equal(play(frugal, decisions, table.test).quality, table.test.quality[:, 0])  # falls back
 
 
-@pytest.mark.parametrize("strategy", ["single", "cascade"])
-async def test_the_service_keeps_the_ceilings_as_they_were_played(table: Table, strategy: str) -> None:
+@pytest.mark.parametrize("steps", [None, ["large", "small"], ["large"]])
+async def test_the_service_keeps_the_ceilings_as_they_were_played(table: Table, steps: list[str] | None) -> None:
     """A call that the one ceiling refuses is none of those that the other counts."""
-    choice = StrategyChoice(name=strategy, options={"experts": ["large", "small"]} if strategy == "cascade" else {})
+    choice = StrategyChoice(name="cascade", options={"experts": steps}) if steps else StrategyChoice()
     limits = Ceilings(calls=1, cost_usd=3.5e-4)
     served = BEST.model_copy(update={"ceilings": limits, "strategy": choice})
     first = table.test.rows(np.arange(1))
@@ -112,7 +113,8 @@ async def test_the_service_keeps_the_ceilings_as_they_were_played(table: Table, 
     (made,) = decide(served, Estimates(quality=flat, cost_usd=first.cost_usd, latency_s=flat), first)
     assert made is not None
     assert [candidate.expert for candidate in made.ranking] == ["large", "small"]
-    assert play(served, [made], first).calls.tolist() == [1]
+    played = play(served, [made], first)
+    assert (played.calls.tolist(), played.quality.tolist()) == ([1], [first.quality[0, 0]])
 
     lanes = {one.name: Lane(one, FakeExpert(one.name), limit=5) for one in CARDS}
     trace = Trace(id="1", request_id="1", at=0.0, key="k", endpoint="chat/completions", model="p", stream=False)
@@ -156,6 +158,17 @@ def test_a_cascade_is_found_where_confidence_tells(table: Table) -> None:
     assert tuned.share_of_cost < 0.75
     assert tuned.difference.high > 0
     assert isinstance(create_strategy(tuned.policy), CascadeStrategy)
+
+
+@pytest.mark.parametrize("silent", ["policy", "card"])
+def test_a_confidence_that_will_not_be_asked_for_is_not_played(table: Table, silent: str) -> None:
+    cards = CARDS if silent == "policy" else [card.model_copy(update={"features": frozenset()}) for card in CARDS]
+    parts = {"train": replace(table.train, cards=cards), "test": replace(table.test, cards=cards)}
+    options = {"logprobs": False} if silent == "policy" else {}
+    started = BEST.model_copy(update={"strategy": StrategyChoice(name="cascade", options=options)})
+    tuned = tune_policy(started, Table(cards=cards, **parts), Target(within=0.0), strategies=("cascade",))
+    assert tuned.policy.strategy.options.get("logprobs", True) is (silent == "card")
+    assert tuned.share_of_cost >= 1  # nothing tells which of the small one's answers are wrong
 
 
 def test_a_target_is_kept_with_confidence_not_by_luck(table: Table) -> None:
