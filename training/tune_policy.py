@@ -291,7 +291,7 @@ def _play_cascade(
             continue
         if np.isnan(quality):
             return _NOT_OBSERVED
-        confidence = purse.confidence(place) if options.asks_logprobs(candidate) else None
+        confidence = purse.confidence(place) if options.logprobs else None
         score = options.acceptance.score(candidate.quality, confidence)
         if score >= options.threshold or candidate is steps[-1]:
             return purse.paid(quality)

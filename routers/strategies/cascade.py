@@ -46,10 +46,6 @@ class CascadeOptions(StrategyOptions):
             raise ValueError("`experts` are the steps, all of them: leave `steps` out")
         return self
 
-    def asks_logprobs(self, candidate: Candidate) -> bool:
-        """Whether the candidate's answer is asked for with its tokens' probabilities."""
-        return self.logprobs and "logprobs" in candidate.features
-
 
 def cascade_steps(decision: Decision, options: CascadeOptions) -> Sequence[Candidate]:
     """Who is asked, in this order, at most."""
@@ -90,7 +86,7 @@ class CascadeStrategy(SeveralStrategy[CascadeOptions]):
     async def _try(self, candidate: Candidate, request: ExpertRequest, call: Call, state: _State) -> Reply | None:
         """One step's reply with its score; None where it failed. A step has half of the time that is left."""
         now = asyncio.get_running_loop().time()
-        adds = self._adds_logprobs(request) and self.options.asks_logprobs(candidate)
+        adds = self._adds_logprobs(request) and "logprobs" in candidate.features
         body = {**request.body, "logprobs": True} if adds else request.body
         ask = Ask(expert=candidate.expert, body=body, why=f"cascade: {state.last}")
         try:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from experts.cards import ExpertCard
 from router_service.cli import app
+from router_service.cli.console import CommandError
 from router_service.core.calls import Caller, Lane
 from router_service.core.trace import Trace
 from router_service.metrics import Metrics
@@ -27,10 +28,9 @@ from training.acceptance import fit_acceptance
 from training.observations import ObservedQuery, Table, load_table, write_table
 from training.tune_policy import STRATEGIES, chat_request, decide, play, tune_policy
 
-TELLS = frozenset({"logprobs"})
 CARDS = [
-    ExpertCard(name="small", description="cheap", input_price=0.1, output_price=0.4, features=TELLS),
-    ExpertCard(name="large", description="dear", input_price=1.0, output_price=4.0, features=TELLS),
+    ExpertCard(name="small", description="cheap", input_price=0.1, output_price=0.4),
+    ExpertCard(name="large", description="dear", input_price=1.0, output_price=4.0),
 ]
 BEST = Policy.model_validate({"name": "p", "objective": {"quality": 1, "cost": 0}, "router": {"name": "best"}})
 
@@ -160,14 +160,11 @@ def test_a_cascade_is_found_where_confidence_tells(table: Table) -> None:
     assert isinstance(create_strategy(tuned.policy), CascadeStrategy)
 
 
-@pytest.mark.parametrize("silent", ["policy", "card"])
-def test_a_confidence_that_will_not_be_asked_for_is_not_played(table: Table, silent: str) -> None:
-    cards = CARDS if silent == "policy" else [card.model_copy(update={"features": frozenset()}) for card in CARDS]
-    parts = {"train": replace(table.train, cards=cards), "test": replace(table.test, cards=cards)}
-    options = {"logprobs": False} if silent == "policy" else {}
-    started = BEST.model_copy(update={"strategy": StrategyChoice(name="cascade", options=options)})
-    tuned = tune_policy(started, Table(cards=cards, **parts), Target(within=0.0), strategies=("cascade",))
-    assert tuned.policy.strategy.options.get("logprobs", True) is (silent == "card")
+def test_a_confidence_that_will_not_be_asked_for_is_not_played(table: Table) -> None:
+    silent = StrategyChoice(name="cascade", options={"logprobs": False})
+    started = BEST.model_copy(update={"strategy": silent})
+    tuned = tune_policy(started, table, Target(within=0.0), strategies=("cascade",))
+    assert tuned.policy.strategy.options["logprobs"] is False
     assert tuned.share_of_cost >= 1  # nothing tells which of the small one's answers are wrong
 
 
@@ -288,3 +285,13 @@ def test_the_command_writes_a_policy_that_loads(table: Table, tmp_path: Path) ->
     assert "Not tried: vote, for a table says" in shown.output
     refused = CliRunner().invoke(app, [*command, "--strategy", "self_moa"])
     assert refused.exit_code != 0
+    lost = tmp_path / "My.yaml"
+    for options, why in (
+        (["--quality", "0"], "--quality must be above 0"),
+        (["--quality", ".5", "--within", ".1"], "two targets"),
+        (["--within", ".1", "--out", str(lost)], "--out names the policy by its file"),
+    ):
+        wrong = CliRunner().invoke(app, [*command, *options]).exception
+        assert isinstance(wrong, CommandError)
+        assert (wrong.status, why in str(wrong)) == (2, True), wrong
+    assert not lost.exists()
