@@ -65,6 +65,11 @@ class CascadeStrategy(SeveralStrategy[CascadeOptions]):
         """Those named as steps."""
         return frozenset(self.options.experts)
 
+    @property
+    def most_calls(self) -> int:
+        """Every step."""
+        return len(self.options.experts) or self.options.steps
+
     async def answer(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncGenerator[Part, None]:
         """The parts of the first answer accepted, or of the last step's.
 

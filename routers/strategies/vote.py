@@ -68,7 +68,12 @@ class VoteStrategy(SeveralStrategy[VoteOptions]):
     @property
     def least_calls(self) -> int:
         """Two votes may agree already."""
-        return min(2, self.options.samples * (len(self.options.experts) or self.options.voters))
+        return min(2, self.most_calls)
+
+    @property
+    def most_calls(self) -> int:
+        """Every vote."""
+        return self.options.samples * (len(self.options.experts) or self.options.voters)
 
     async def answer(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncGenerator[Part, None]:
         """The parts of the answer of the highest-ranked expert among the majority. Raises `ExpertError` without any."""
