@@ -86,6 +86,7 @@ class Tuned:
     `against` is the target's expert, else the one of the best train mean. `train_quality` is the policy's on train,
     `train_low` what it is at least in 95% of the resamples, both beside the `train_target` they are held against.
     `quality`, `cost_usd_per_1k`, `calls` are the policy's, `difference` and `share_of_cost` are against `against`.
+    `acceptance_error` is the expected calibration error of a cascade's acceptance scores.
     """
 
     policy: Policy
@@ -103,6 +104,7 @@ class Tuned:
     against_cost_usd_per_1k: Interval
     share_of_cost: float
     calls: float
+    acceptance_error: Interval | None
 
     def __str__(self) -> str:
         kept = "kept" if self.kept else "NOT kept (this comes nearest)"
@@ -163,12 +165,14 @@ def tune_policy(
     chosen = candidates[place].model_copy(update={"target": target})
     fitted = create_router(policy.router.name, options).fit(table.train)
     on_test = fitted.estimate([Query(text=text) for text in table.test.texts], table.test.cards)
-    result = play(chosen, decide(chosen, on_test, table.test), table.test)
+    decisions = decide(chosen, on_test, table.test)
+    result = play(chosen, decisions, table.test)
     mean_goal = float(np.nanmean(goal))
     return _measured(
         result,
         table.test,
         against,
+        acceptance_error=acceptance_error(chosen, decisions, table.test),
         policy=chosen,
         kept=bool(least[place] >= 0),
         tried=len(candidates),
@@ -194,6 +198,31 @@ def decide(policy: Policy, estimates: Estimates, observed: Observations) -> list
             return None
 
     return [one(row) for row in range(len(observed))]
+
+
+def acceptance_error(policy: Policy, decisions: Sequence[Decision | None], observed: Observations) -> Interval | None:
+    """The expected calibration error of the scores of all answers that a cascade may accept; None of other strategies.
+
+    Those of a last step are not scored.
+    """
+    if policy.strategy.name != "cascade":
+        return None
+    options = CascadeOptions.model_validate(dict(policy.strategy.options))
+    places = {card.name: e for e, card in enumerate(observed.cards)}
+    pairs = [
+        (
+            _score(candidate, options, _Purse(policy, observed, row), places),
+            observed.quality[row, places[candidate.expert]],
+        )
+        for row, decision in enumerate(decisions)
+        if decision
+        for candidate in cascade_steps(decision, options)[:-1]
+    ]
+    if not np.isfinite([quality for _, quality in pairs]).any():
+        return None
+    scores, qualities = np.array(pairs, np.float64).T
+    draws = metrics.bootstrap(len(pairs), resamples=_RESAMPLES, seed=0)
+    return _interval(metrics.calibration(scores[:, None], qualities[:, None], draws).error)
 
 
 def play(policy: Policy, decisions: Sequence[Decision | None], observed: Observations) -> Played:
@@ -291,14 +320,19 @@ def _play_cascade(
             continue
         if np.isnan(quality):
             return _NOT_OBSERVED
-        confidence = purse.confidence(place) if options.logprobs else None
-        score = options.acceptance.score(candidate.quality, confidence)
+        score = _score(candidate, options, purse, places)
         if score >= options.threshold or candidate is steps[-1]:
             return purse.paid(quality)
         rejected.append((score, quality))
     if not rejected:
         return _play_single(others, purse, places)
     return purse.paid(max(rejected, key=lambda found: found[0])[1])
+
+
+def _score(candidate: Candidate, options: CascadeOptions, purse: _Purse, places: Mapping[str, int]) -> float:
+    """How likely the cascade thinks that the candidate's answer is right."""
+    confidence = purse.confidence(places[candidate.expert]) if options.logprobs else None
+    return options.acceptance.score(candidate.quality, confidence)
 
 
 def _candidates(policy: Policy, train: Observations, acceptance: Acceptance) -> Iterator[Policy]:

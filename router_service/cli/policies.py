@@ -161,6 +161,8 @@ def _show_tuned(tuned: Tuned) -> None:
         found = getattr(tuned, name)
         table.add_row(name, f"{found.value:.4f}", f"{found.low:.4f} to {found.high:.4f}")
     table.add_row("calls", f"{tuned.calls:.2f}", "")
+    if error := tuned.acceptance_error:
+        table.add_row("calibration error of the score", f"{error.value:.4f}", f"{error.low:.4f} to {error.high:.4f}")
     out.print(table)
     for name, why in tuned.not_tried.items():
         out.print(f"Not tried: {name}, for {why}.", soft_wrap=True)

@@ -26,7 +26,7 @@ from tests.router_service.fakes import FakeExpert
 from training import tune_policy as tune_policy_module
 from training.acceptance import fit_acceptance
 from training.observations import ObservedQuery, Table, load_table, write_table
-from training.tune_policy import STRATEGIES, chat_request, decide, play, tune_policy
+from training.tune_policy import STRATEGIES, acceptance_error, chat_request, decide, play, tune_policy
 
 CARDS = [
     ExpertCard(name="small", description="cheap", input_price=0.1, output_price=0.4),
@@ -158,6 +158,24 @@ def test_a_cascade_is_found_where_confidence_tells(table: Table) -> None:
     assert tuned.share_of_cost < 0.75
     assert tuned.difference.high > 0
     assert isinstance(create_strategy(tuned.policy), CascadeStrategy)
+
+
+def test_the_scores_calibration_is_measured_on_test(table: Table) -> None:
+    error = tune_policy(BEST, table, Target(within=0.0), strategies=("cascade",)).acceptance_error
+    assert error is not None
+    assert 0 < error.low <= error.value <= error.high < 0.2
+    assert tune_policy(BEST, table, Target(within=0.0), strategies=("single",)).acceptance_error is None
+
+    estimates = Estimates(
+        quality=np.tile(np.array([0.5, 0.8], np.float32), (120, 1)),
+        cost_usd=table.test.cost_usd,
+        latency_s=table.test.cost_usd,
+    )
+    options = {"experts": ["small", "large"], "acceptance": {"told": {"bias": 9, "quality": 0, "confidence": 0}}}
+    vain = BEST.model_copy(update={"strategy": StrategyChoice(name="cascade", options=options)})
+    found = acceptance_error(vain, decide(vain, estimates, table.test), table.test)
+    assert found is not None
+    assert found.value == pytest.approx(1 - table.test.quality[:, 0].mean(), abs=1e-3)  # it is sure of every answer
 
 
 def test_a_confidence_that_will_not_be_asked_for_is_not_played(table: Table) -> None:
