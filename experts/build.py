@@ -29,6 +29,10 @@ def build_group(group: ExpertGroup) -> dict[str, Expert]:
         from experts.embedding.expert import build_encoder
 
         return build_encoder(group)
+    if group.head.local and group.head.local.engine == "vllm":
+        from experts.local.vllm import build_vllm
+
+        return build_vllm(group)
     from experts.local.expert import build_local
 
     return build_local(group)

@@ -19,6 +19,7 @@ class ExpertCard(BaseModel):
     """Name, description, prices and abilities of one expert.
 
     Prices are USD per million tokens. A card is enough to route to an expert of which nothing was observed yet.
+    `routed` is false for a model that no policy chooses: the policy model of `router_r1`, which its strategy calls.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -33,6 +34,7 @@ class ExpertCard(BaseModel):
     modalities: frozenset[Modality] = frozenset({"text"})
     features: frozenset[Feature] = frozenset()
     tags: frozenset[str] = frozenset()
+    routed: bool = True
 
     def cost(self, usage: Usage) -> float:
         """What `usage` costs at this card's prices, in USD."""

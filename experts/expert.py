@@ -29,19 +29,37 @@ class Usage:
     estimated: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Work:
+    """How an engine of our own came by one answer, for metrics. Seconds count from when the engine was asked.
+
+    `batch_size` is the mean number of answers that grew together, `cache_use` the share of the key-value cache's memory
+    that was in use; `adapter_hits` of its adapters were on the device, `adapter_loads` had to be copied there.
+    """
+
+    queue_s: float
+    first_token_s: float
+    tokens_per_s: float
+    batch_size: float
+    cache_use: float
+    adapter_hits: int
+    adapter_loads: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertRequest:
     """One call of one expert.
 
     `id` stands in every piece of the reply (`"id": ...`). `body` is the client's JSON body; an expert reads what it
     understands and overwrites `model` alone. `body["stream"]` says whether the reply comes as chunks.
-    `timeout_s` bounds the whole call, in seconds.
+    `timeout_s` bounds the whole call, in seconds. `tenant` is on whose behalf it is made: an engine is shared fairly.
     """
 
     id: str
     endpoint: Endpoint
     body: Mapping[str, Any]
     timeout_s: float = 60.0
+    tenant: str = ""
 
     @property
     def stream(self) -> bool:
@@ -60,6 +78,7 @@ class Part:
     data: bytes
     usage: Usage | None = None
     expert: str | None = None
+    work: Work | None = None
 
 
 class Expert(Protocol):

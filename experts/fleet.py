@@ -7,6 +7,8 @@
         resources: {cpus: 1, replicas: 2}
       - name: pocket-dates
         adapter: {base: pocket-base, path: ../../experts/pocket/adapters/dates}
+      - name: pocket-calendar
+        mixture: {base: pocket-base, adapters: {pocket-dates: 0.7, pocket-arithmetic: 0.3}}
       - name: gpt
         remote: {base_url: https://api.openai.com/v1, model: gpt-4.1-mini, api_key_env: OPENAI_API_KEY}
       - name: search
@@ -35,7 +37,7 @@ POCKET_FLEET = Path(__file__).resolve().parent.parent / "deploy" / "fleets" / "p
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 """The encoder used where none is named; a dependency of this project carries it."""
 
-_SOURCES = ("local", "encoder", "adapter", "remote")
+_SOURCES = ("local", "encoder", "adapter", "mixture", "remote")
 _SECRET_HEADERS = {"authorization", "api-key", "x-api-key", "proxy-authorization", "cookie"}
 
 
@@ -54,14 +56,18 @@ class LocalSource(_Model):
 
     `dtype` "auto" is float32 on a CPU and the checkpoint's own on a GPU; `device` "auto" is the GPU where there is one.
     `max_batch` sequences are generated at once, `max_queue` more may wait; beyond that the expert is unavailable.
+    `max_adapters` of its adapters are on the device at once, however many there are. `engine` is the project's own, or
+    vLLM where that is installed, for the model and its adapters but not for mixtures.
     """
 
     model: str = Field(min_length=1)
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
-    max_batch: int = Field(default=16, ge=1)
-    max_queue: int = Field(default=64, ge=0)
+    max_batch: int = Field(default=64, ge=1)
+    max_queue: int = Field(default=256, ge=0)
+    max_adapters: int = Field(default=32, ge=1)
+    engine: Literal["own", "vllm"] = "own"
 
 
 class EncoderSource(_Model):
@@ -83,6 +89,25 @@ class AdapterSource(_Model):
     base: str = Field(min_length=1)
     path: str = Field(min_length=1)
     revision: str | None = None
+
+
+class MixtureSource(_Model):
+    """Adapters of the local entry named `base`, mixed: by weights that are given, or by a gate for each token.
+
+    `adapters` are weights by the adapters' names; `gate` is the folder (or hub name) of a saved mixture, which brings
+    adapters of its own.
+    """
+
+    base: str = Field(min_length=1)
+    adapters: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
+    gate: str | None = Field(default=None, min_length=1)
+    revision: str | None = None
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if bool(self.adapters) == bool(self.gate):
+            raise ValueError("give adapters with their weights, or a gate")
+        return self
 
 
 class RemoteSource(_Model):
@@ -156,11 +181,12 @@ class Resources(_Model):
 
 
 class FleetEntry(ExpertCard):
-    """An expert's card with its one source (`local`, `encoder`, `adapter`, `remote`) and what its deployment needs."""
+    """An expert's card with its one source (`local`, `encoder`, `adapter`, `mixture`, `remote`) and its resources."""
 
     local: LocalSource | None = None
     encoder: EncoderSource | None = None
     adapter: AdapterSource | None = None
+    mixture: MixtureSource | None = None
     remote: RemoteSource | None = None
     resources: Resources | None = None
 
@@ -180,8 +206,8 @@ class FleetEntry(ExpertCard):
 
     @model_validator(mode="after")
     def _adapter_shares_resources(self) -> Self:
-        if self.adapter and self.resources:
-            raise ValueError(f"an adapter runs on its base: give the resources to {self.adapter.base!r}")
+        if self.base and self.resources:
+            raise ValueError(f"an adapter runs on its base: give the resources to {self.base!r}")
         return self
 
     @model_validator(mode="after")
@@ -189,6 +215,12 @@ class FleetEntry(ExpertCard):
         if not self.remote and (beyond := sorted(self.features & {"tools", "json"})):
             raise ValueError(f"local models cannot serve {' and '.join(beyond)}: leave it out of features")
         return self
+
+    @property
+    def base(self) -> str | None:
+        """The entry that an adapter or a mixture runs on."""
+        source = self.adapter or self.mixture
+        return source.base if source else None
 
     @property
     def card(self) -> ExpertCard:
@@ -248,7 +280,22 @@ class Fleet(_Model):
                 raise ValueError(
                     f"expert {entry.name!r}: base {entry.adapter.base!r} is no model or encoder; there are: {known}"
                 )
+            if entry.mixture:
+                self._check_mixture(entry, entry.mixture)
         return self
+
+    def _check_mixture(self, entry: FleetEntry, mixture: MixtureSource) -> None:
+        """Raise where a mixture's base is no local model, or its adapters are not adapters of that."""
+        models = sorted(other.name for other in self.experts if other.local)
+        if mixture.base not in models:
+            known = ", ".join(map(repr, models)) or "none"
+            raise ValueError(f"expert {entry.name!r}: base {mixture.base!r} is no local model; there are: {known}")
+        own = {other.name for other in self.experts if other.adapter and other.base == mixture.base}
+        if unknown := sorted(set(mixture.adapters) - own):
+            known = ", ".join(map(repr, sorted(own))) or "none"
+            raise ValueError(
+                f"expert {entry.name!r}: {unknown[0]!r} is no adapter of {mixture.base!r}; these are: {known}"
+            )
 
     @property
     def cards(self) -> tuple[ExpertCard, ...]:
@@ -259,9 +306,7 @@ class Fleet(_Model):
     def groups(self) -> tuple[ExpertGroup, ...]:
         """What is deployed on its own: models and encoders with adapters, remote experts that ask for resources."""
         return tuple(
-            ExpertGroup(
-                head=entry, adapters=tuple(e for e in self.experts if e.adapter and e.adapter.base == entry.name)
-            )
+            ExpertGroup(head=entry, adapters=tuple(e for e in self.experts if e.base == entry.name))
             for entry in self.experts
             if entry.local or entry.encoder or (entry.remote and entry.resources)
         )
@@ -317,6 +362,9 @@ def _resolved(entry: FleetEntry, folder: Path) -> FleetEntry:
     if entry.adapter:
         adapter = entry.adapter.model_copy(update={"path": _absolute(entry.adapter.path, folder)})
         return entry.model_copy(update={"adapter": adapter})
+    if entry.mixture and entry.mixture.gate:
+        mixture = entry.mixture.model_copy(update={"gate": _absolute(entry.mixture.gate, folder)})
+        return entry.model_copy(update={"mixture": mixture})
     return entry
 
 

@@ -5,6 +5,7 @@
 """
 
 from kernels.align import Alignment, align
+from kernels.attention import attend_past, can_attend
 from kernels.errors import BackendError, KernelError, MixtureError
 from kernels.mixed import mixed_lora
 from kernels.mixture import check_mixture
@@ -19,6 +20,8 @@ __all__ = [
     "KernelError",
     "MixtureError",
     "align",
+    "attend_past",
+    "can_attend",
     "check_mixture",
     "expand_ranks",
     "mixed_lora",

@@ -26,11 +26,24 @@ from kernels.mixture import Gradients, Mixture, Wanted, check_mixture
 logger = logging.getLogger(__name__)
 
 _SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu_mixed.cpp", "cpu_route.cpp"))
+_INCLUDED = Path(__file__).with_name("cpu_attention.cpp")  # by the first of them
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-Wno-psabi")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTERS = ("x", "A", "B", "base", "offsets", "scales", "indices", "weights", "widths")
 _RESULTS = ("h", "y", "dy", "dx", "dA", "dB", "dw")
-_SIZES = ("tokens", "slots", "experts", "slices", "rows", "dim", "width", "max_rank", "dtype", "threads")
+_SIZES = (
+    "tokens",
+    "slots",
+    "experts",
+    "slices",
+    "rows",
+    "dim",
+    "width",
+    "max_rank",
+    "dtype",
+    "adapter_dtype",
+    "threads",
+)
 
 
 class _Mixture(ctypes.Structure):
@@ -94,7 +107,7 @@ def _fingerprint(compiler: str) -> str:
         next((line for line in cpu.read_text().splitlines() if line.startswith("flags")), "") if cpu.exists() else ""
     )
     parts = (
-        *(source.read_text() for source in _SOURCES),
+        *(source.read_text() for source in (*_SOURCES, _INCLUDED)),
         *_FLAGS,
         _run([compiler, "--version"]),
         platform.machine(),
@@ -144,6 +157,6 @@ def _call(function: str, m: Mixture, **results: Tensor | None) -> int:
         ctypes.addressof(widths),
         *(None if (t := results.get(name)) is None else t.data_ptr() for name in _RESULTS),
         *(m.tokens, m.slots, m.experts, m.slices, rows, dim, m.B.shape[1], m.max_rank),
-        *(_DTYPES[m.x.dtype], torch.get_num_threads()),
+        *(_DTYPES[m.x.dtype], _DTYPES[m.A.dtype], torch.get_num_threads()),
     )
     return int(getattr(native, function)(ctypes.byref(call)))

@@ -86,8 +86,8 @@ inline float sum(Floats v) {
 
 // out[i][j] = <x[i], m + j * stride> over n elements. Each dot product has one accumulator, so its value does not
 // depend on NT and NR.
-template <int NT, int NR, class T>
-void dots(const T* const* x, const T* m, int64_t stride, int64_t n, float* const* out) {
+template <int NT, int NR, class X, class T>
+void dots(const X* const* x, const T* m, int64_t stride, int64_t n, float* const* out) {
   Floats acc[NT][NR] = {};
   int64_t c = 0;
   for (; c + kLanes <= n; c += kLanes) {
@@ -152,7 +152,8 @@ struct Mixture {
   const void* dy;                // [tokens, width]
   void *dx, *dA, *dB;            // shaped like x, A, B
   float* dw;                     // [tokens, slots]
-  int64_t tokens, slots, experts, slices, rows, dim, width, max_rank, dtype, threads;
+  // `dtype` is that of x, base, y and their gradients, `adapter_dtype` that of A and B (bfloat16 under float32: forward only)
+  int64_t tokens, slots, experts, slices, rows, dim, width, max_rank, dtype, adapter_dtype, threads;
 };
 }
 
@@ -199,12 +200,12 @@ float* hidden(const Mixture& m, float* h, int64_t s, int64_t pair) {
   return h + (s * m.tokens * m.slots + pair) * m.max_rank;
 }
 
-template <class T>
-void shrink_block(const Mixture& m, const T* x, int64_t x_stride, const T* rows, int64_t row_stride, Range range,
+template <class X, class T>
+void shrink_block(const Mixture& m, const X* x, int64_t x_stride, const T* rows, int64_t row_stride, Range range,
                   const int32_t* pairs, int64_t count, int64_t rank, int64_t s, float* h) {
   for (int64_t i = 0; i < count;) {
-    const int64_t step = count - i >= 4 ? 4 : 1;
-    const T* tokens[4];
+    const int64_t step = count - i >= 4 ? 4 : count - i >= 2 ? 2 : 1;
+    const X* tokens[4];
     float* out[4];
     for (int64_t q = 0; q < step; ++q) {
       tokens[q] = x + (pairs[i + q] / m.slots) * x_stride + range.begin;
@@ -217,6 +218,8 @@ void shrink_block(const Mixture& m, const T* x, int64_t x_stride, const T* rows,
       const bool whole = rank - j >= block;
       if (step == 4 && whole) dots<4, 4>(tokens, row, row_stride, n, out);
       else if (step == 4) dots<4, 1>(tokens, row, row_stride, n, out);
+      else if (step == 2 && whole) dots<2, 8>(tokens, row, row_stride, n, out);
+      else if (step == 2) dots<2, 1>(tokens, row, row_stride, n, out);
       else if (whole) dots<1, 8>(tokens, row, row_stride, n, out);
       else dots<1, 1>(tokens, row, row_stride, n, out);
       const int64_t done = whole ? block : 1;
@@ -227,8 +230,15 @@ void shrink_block(const Mixture& m, const T* x, int64_t x_stride, const T* rows,
   }
 }
 
+// Adapters lie apart in memory, and each is read once: the next is asked for while one is worked on.
 template <class T>
-void shrink(const Mixture& m, const Pairs& pairs, const T* x, int64_t x_stride, const T* M, const Matrices& layout,
+inline void prefetch(const T* from, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t c = 0; c < n; c += kLine) __builtin_prefetch(from + c);
+}
+
+template <class X, class T>
+void shrink(const Mixture& m, const Pairs& pairs, const X* x, int64_t x_stride, const T* M, const Matrices& layout,
             float* h) {
   constexpr int64_t kPairs = 32;
   struct Item {
@@ -246,6 +256,13 @@ void shrink(const Mixture& m, const Pairs& pairs, const T* x, int64_t x_stride, 
     const Item& item = items[n];
     const int32_t e = item.group->expert;
     const T* rows = M + item.s * layout.slice_stride + m.offsets[e] * layout.row_stride;
+    if (n + 1 < items.size()) {
+      const Item& next = items[n + 1];
+      const int64_t row = m.offsets[next.group->expert];
+      const Range range = layout.ranges[next.s];
+      for (int64_t j = 0; j < rank_of(m, next.group->expert); ++j)
+        prefetch(M + next.s * layout.slice_stride + (row + j) * layout.row_stride + range.begin, range.end - range.begin);
+    }
     shrink_block(m, x, x_stride, rows, layout.row_stride, layout.ranges[item.s], pairs.order.data() + item.begin,
                  item.end - item.begin, rank_of(m, e), item.s, h);
   }
@@ -287,7 +304,7 @@ void expand_group(const Mixture& m, const Block& block, int32_t e, const int32_t
   const int64_t rank = rank_of(m, e);
   std::vector<float> factors(4 * rank);
   for (int64_t i = 0; i < count;) {
-    int64_t step = count - i >= 4 ? 4 : 1;
+    int64_t step = count - i >= 4 ? 4 : count - i >= 2 ? 2 : 1;
     for (int64_t q = 1; q < step; ++q)
       if (pairs[i + q] / m.slots == pairs[i + q - 1] / m.slots) step = 1;
     float* y[4];
@@ -300,15 +317,16 @@ void expand_group(const Mixture& m, const Block& block, int32_t e, const int32_t
     }
     const int64_t n = block.columns.end - block.columns.begin;
     if (step == 4) add_all_rows<4>(y, rows, factors.data(), rank, rank, n);
+    else if (step == 2) add_all_rows<2>(y, rows, factors.data(), rank, rank, n);
     else add_all_rows<1>(y, rows, factors.data(), rank, rank, n);
     i += step;
   }
 }
 
 // `sum_slices`: every slice adds to every block (the backward pass to x); else a block belongs to one slice.
-template <class T>
+template <class X, class T>
 void expand(const Mixture& m, const Pairs& pairs, const float* h, const T* M, const Matrices& layout, bool sum_slices,
-            const T* base, T* y, int64_t y_stride) {
+            const X* base, X* y, int64_t y_stride) {
   constexpr int64_t kTokens = 1024;
   std::vector<Block> blocks;
   for (int64_t s = 0; s < (sum_slices ? 1 : m.slices); ++s)
@@ -323,7 +341,13 @@ void expand(const Mixture& m, const Pairs& pairs, const float* h, const T* M, co
       widen(base + (block.rows.begin + t) * y_stride + block.columns.begin, acc + t * stride, columns);
     std::vector<const T*> rows;
     for (int64_t s = block.slice; s < (sum_slices ? m.slices : block.slice + 1); ++s)
-      for (const Group& g : pairs.groups) {
+      for (size_t i = 0; i < pairs.groups.size(); ++i) {
+        const Group& g = pairs.groups[i];
+        if (i + 1 < pairs.groups.size()) {
+          const int32_t next = pairs.groups[i + 1].expert;
+          for (int64_t j = 0; j < rank_of(m, next); ++j)
+            prefetch(M + s * layout.slice_stride + (m.offsets[next] + j) * layout.row_stride + block.columns.begin, columns);
+        }
         const int32_t *from = pairs.order.data() + g.begin, *to = pairs.order.data() + g.end;
         from = std::lower_bound(from, to, block.rows.begin * m.slots);
         to = std::lower_bound(from, to, block.rows.end * m.slots);
@@ -413,12 +437,12 @@ bool acceptable(const Mixture& m) {
   return true;
 }
 
-template <class T>
+template <class X, class T>
 void forward(const Mixture& m) {
   const Pairs pairs(m);
-  shrink(m, pairs, static_cast<const T*>(m.x), m.dim, static_cast<const T*>(m.A), down(m), m.h);
-  expand(m, pairs, m.h, static_cast<const T*>(m.B), up(m), false, static_cast<const T*>(m.base),
-         static_cast<T*>(m.y), m.width);
+  shrink(m, pairs, static_cast<const X*>(m.x), m.dim, static_cast<const T*>(m.A), down(m), m.h);
+  expand(m, pairs, m.h, static_cast<const T*>(m.B), up(m), false, static_cast<const X*>(m.base),
+         static_cast<X*>(m.y), m.width);
 }
 
 template <class T>
@@ -449,9 +473,10 @@ extern "C" {
 // Both return 1, and do nothing, where an index is out of range or a weight not finite.
 int mixed_forward(const Mixture* m) {
   if (!acceptable(*m)) return 1;
-  if (m->dtype == 0) forward<float>(*m);
-  else if (m->dtype == 1) forward<BFloat16>(*m);
-  else forward<Float16>(*m);
+  if (m->dtype == 0 && m->adapter_dtype == 1) forward<float, BFloat16>(*m);
+  else if (m->dtype == 0) forward<float, float>(*m);
+  else if (m->dtype == 1) forward<BFloat16, BFloat16>(*m);
+  else forward<Float16, Float16>(*m);
   return 0;
 }
 
@@ -463,3 +488,5 @@ int mixed_backward(const Mixture* m) {
   return 0;
 }
 }
+
+#include "cpu_attention.cpp"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from kernels.stack import AdapterStack
 
 _MODULES = {"loop": "loop", "cpp": "cpu", "grouped": "grouped", "stacked": "stacked", "triton": "gpu"}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_NARROW = (torch.float32, torch.bfloat16)  # of x and of adapters that are stored in half the memory
 
 
 def mixed_lora(
@@ -32,7 +34,8 @@ def mixed_lora(
 
     Args:
         x: [T, d] in float32, bfloat16, float16 (sums are float32) or float64 (reference only).
-        stack: the adapters, of x's dtype and device.
+        stack: the adapters, of x's dtype and device; where x is float32 and no gradients are wanted also bfloat16,
+            which the C++ kernel reads as it is.
         indices: [T, k] int32 or int64; -1 is none. An adapter that stands twice adds twice.
         weights: [T, k], any float dtype.
         base: [T, o] in x's dtype, added in the same pass; usually the frozen layer's output.
@@ -46,6 +49,8 @@ def mixed_lora(
     _check_shapes(x, stack, indices, weights, base)
     tensors = (x, stack.A, stack.B, weights)
     save = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if save and stack.A.dtype != x.dtype:
+        raise MixtureError(f"gradients need adapters of x's dtype, got {stack.A.dtype} and {x.dtype}")
     run: Any = _mixed_lora
     if dispatch.is_plain(x):
         run = _MixedLora.apply if save or _wants_gradient(base) else _forward
@@ -82,7 +87,7 @@ def _check_shapes(x: Tensor, stack: AdapterStack, indices: Tensor, weights: Tens
         raise MixtureError(
             f"indices must be int32 or int64 and weights floats, got {indices.dtype} and {weights.dtype}"
         )
-    if x.dtype not in _FLOATS or stack.A.dtype != x.dtype:
+    if x.dtype not in _FLOATS or (stack.A.dtype != x.dtype and (x.dtype, stack.A.dtype) != _NARROW):
         raise MixtureError(f"x is {x.dtype}, the adapters are {stack.A.dtype}: both must be one of {_FLOATS!r}")
     if base is not None and (base.shape != (x.shape[0], stack.B.shape[1]) or base.dtype != x.dtype):
         raise MixtureError(
@@ -112,6 +117,8 @@ def _forward(
         y = x.new_zeros(m.tokens, B.shape[1]) if base is None else base.clone()
         return y, m.empty_hidden() if save else x.new_empty(0)
     chosen = dispatch.choose(m, dispatch.forced(backend), gradients=False)
+    if chosen != "cpp" and A.dtype != x.dtype:
+        m = replace(m, A=A.to(x.dtype), B=B.to(x.dtype))
     if chosen != "cpp" and (x.device.type == "cpu" or os.environ.get("ROUTER_KERNELS_CHECK") == "1"):
         check_mixture(indices, weights, m.experts)  # the C++ kernel does that itself
     y, h = _backend(chosen).forward(m, save)

@@ -20,8 +20,8 @@ class Mixture:
     """
 
     x: Tensor  # [T, d]
-    A: Tensor  # [S, R, d], dtype of x
-    B: Tensor  # [R, O], dtype of x; O = sum(widths)
+    A: Tensor  # [S, R, d], dtype of x, or bfloat16 under float32 in the forward pass of the C++ kernel
+    B: Tensor  # [R, O], dtype of A; O = sum(widths)
     offsets: Tensor  # [E + 1] int32: adapter e has the rows offsets[e] to offsets[e + 1] of A and B
     scales: Tensor  # [S, E], float32
     indices: Tensor  # [T, k], int32 or int64; -1 is none

@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 if TYPE_CHECKING:
+    from experts.expert import Work
     from router_service.core.trace import CallRecord, Trace
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_RATES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+_SHARES = (0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 1.0)
 
 
 class Metrics:
@@ -48,6 +52,45 @@ class Metrics:
         self.redis_up = Gauge("router_redis_up", "Whether Redis can be reached.", registry=registry)
         self.spool_depth = Gauge("router_ledger_spool_entries", "Entries that wait on disk.", registry=registry)
         loads = Counter("router_router_loads", "Routers loaded.", ("router", "outcome"), registry=registry)
+        queue = Histogram(
+            "router_engine_queue_seconds",
+            "Until an engine of our own began with an answer.",
+            ("expert",),
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        first_token = Histogram(
+            "router_engine_first_token_seconds",
+            "Until an engine's first token.",
+            ("expert",),
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        speed = Histogram(
+            "router_engine_tokens_per_second",
+            "Of one answer, after its first token.",
+            ("expert",),
+            registry=registry,
+            buckets=_RATES,
+        )
+        batch = Histogram(
+            "router_engine_batch_size", "Answers that grew together.", ("expert",), registry=registry, buckets=_BATCHES
+        )
+        cache_use = Histogram(
+            "router_engine_cache_use_ratio",
+            "Share of the key-value cache's memory in use, as an answer began.",
+            ("expert",),
+            registry=registry,
+            buckets=_SHARES,
+        )
+        adapters = Counter(
+            "router_engine_adapters",
+            "Adapters of answers, by whether they were on the device.",
+            ("expert", "result"),
+            registry=registry,
+        )
+        self._engine = [cache(one.labels) for one in (queue, first_token, speed, batch, cache_use)]
+        self._adapters = cache(adapters.labels)
         self._requests = cache(requests.labels)
         self._calls = cache(calls.labels)
         self._tokens = cache(tokens.labels)
@@ -79,6 +122,14 @@ class Metrics:
         self._tokens(call.expert, "input").inc(call.usage.input_tokens)
         self._tokens(call.expert, "output").inc(call.usage.output_tokens)
         self._cost(call.expert).inc(call.cost_usd)
+
+    def count_work(self, expert: str, work: Work) -> None:
+        """Count how an engine of our own came by one answer."""
+        values = (work.queue_s, work.first_token_s, work.tokens_per_s, work.batch_size, work.cache_use)
+        for histogram, value in zip(self._engine, values, strict=True):
+            histogram(expert).observe(value)
+        self._adapters(expert, "hit").inc(work.adapter_hits)
+        self._adapters(expert, "load").inc(work.adapter_loads)
 
     def count_other(self, route: str, status: int) -> None:
         """Count a request that no expert answers: lists, feedback, errors before a route was found."""

@@ -164,19 +164,19 @@ class Router(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One expert of a decision with its numbers; `score` is the utility by the policy's objective.
+    """One expert of a decision with its card and its numbers; `score` is the utility by the policy's objective.
 
-    `context_length`, in tokens, and `features` are its card's.
+    `context_length` is its card's, in tokens.
     """
 
     expert: str
+    card: ExpertCard
     context_length: int
     score: float
     quality: float
     cost_usd: float
     latency_s: float
     uncertainty: float | None = None
-    features: frozenset[Feature] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -268,8 +268,8 @@ class Policy(_Model):
         return [
             Candidate(
                 expert=card.name,
+                card=card,
                 context_length=card.context_length,
-                features=card.features,
                 score=quality[e] * weights.quality - cost[e] * weights.cost - latency[e] * weights.latency,
                 quality=quality[e],
                 cost_usd=cost[e],

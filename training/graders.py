@@ -109,6 +109,11 @@ def chosen_letter(text: str) -> str | None:
     return None
 
 
+def same_words(response: str, answer: str) -> float:
+    """1 when both are the same words after SQuAD's normalisation: its exact match."""
+    return float(_words(response) == _words(answer))
+
+
 def f1(response: str, answer: str) -> float:
     """Harmonic mean of precision and recall over the words in common, after SQuAD's normalisation."""
     said, wanted = _words(response), _words(answer)

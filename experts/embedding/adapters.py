@@ -194,5 +194,5 @@ def _stack(linear: nn.Module, weights: Sequence[LoraWeights | None]) -> AdapterS
         return None
     frozen = cast("nn.Linear", linear).weight
     nothing = (frozen.new_zeros(1, frozen.shape[1]), frozen.new_zeros(frozen.shape[0], 1))
-    pairs = [(one.a.to(frozen), one.b.T.to(frozen)) if one else nothing for one in weights]
-    return AdapterStack.pack([[pair] for pair in pairs], [1.0] * len(pairs))
+    pairs = [(one.a.to(frozen), one.b.to(frozen)) if one else nothing for one in weights]
+    return AdapterStack.pack([[pair] for pair in pairs], [one.scale if one else 1.0 for one in weights])

@@ -3,40 +3,142 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from math import ceil
+from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
-from experts.errors import ExpertError, ExpertRequestError, ExpertTimeoutError
+from experts.errors import ExpertConfigError, ExpertError, ExpertRequestError, ExpertTimeoutError
 from experts.expert import Expert, ExpertRequest, Part, Usage
 from experts.fleet import ExpertGroup, FleetEntry, LocalSource
+from experts.local.batch import can_share, first_pass
 from experts.local.engine import Engine
-from experts.local.lora import NO_ADAPTER
+from experts.local.mixture import BASE, Mixture
 from experts.local.model import LocalModel, load_model
 from experts.local.prompt import ChatPrompt
+from experts.local.registry import AdapterRegistry
 from experts.local.reply import Replies
-from experts.local.request import Generation, parse_chat, parse_completion
+from experts.local.request import Generation, SamplingDefaults, gate_bias, parse_chat, parse_completion
 from experts.local.row import Job, Piece
+from experts.mixtures import MixtureName, is_mixture, parse_mixture
 from experts.shared import Shared
+from kernels import KernelError
 
 
 def build_local(group: ExpertGroup) -> dict[str, Expert]:
-    """Load a local model with its adapters: one expert each, by name, on one engine. Raises `ExpertConfigError`."""
-    model = load_model(group.head, group.adapters)
-    runtime = _Runtime(group, model, group.head.local or LocalSource(model=group.name))
-    shared = Shared(runtime, runtime.close)
-    numbered = enumerate(group.entries, start=NO_ADAPTER)
-    return {entry.name: LocalExpert(entry, adapter, shared) for adapter, entry in numbered}
+    """Load a local model with its adapters and gates: one expert each, by name, on one engine.
+
+    Raises `ExpertConfigError` that names the entry at fault.
+    """
+    model = load_model(group)
+    if model.batchable and not can_share(model):
+        model = replace(model, batchable=False)
+    registry = AdapterRegistry(model)
+    for entry in group.adapters:
+        _register(entry, registry)
+    experts = {entry.name: wanted_by(entry) for entry in group.entries}
+    for entry in group.entries:
+        _try(entry, model, _checked(entry, registry))
+    shared = _OwnRuntime(group, model, registry, group.head.local or LocalSource(model=group.name))
+    held = Shared[Runtime](shared, shared.close)
+    return {entry.name: LocalExpert(entry, experts[entry.name], held) for entry in group.entries}
 
 
-class _Runtime:
-    """What the experts of one model share: the model, its engine, and a thread that turns text into tokens."""
+def _register(entry: FleetEntry, registry: AdapterRegistry) -> None:
+    try:
+        if entry.adapter:
+            registry.load(entry.name, entry.adapter.path, entry.adapter.revision, short=True)
+        elif entry.mixture and entry.mixture.gate:
+            registry.load(entry.name, entry.mixture.gate, entry.mixture.revision, short=True)
+    except ExpertConfigError as error:
+        source = entry.adapter.path if entry.adapter else entry.mixture and entry.mixture.gate
+        raise ExpertConfigError(f"expert {entry.name!r}: adapter {source!r}: {error}") from error
 
-    def __init__(self, group: ExpertGroup, model: LocalModel, source: LocalSource) -> None:
+
+def wanted_by(entry: FleetEntry) -> MixtureName | None:
+    """What an entry stands for; None is the base, which can be asked for any mixture."""
+    if entry.adapter:
+        return MixtureName(entry.adapter.base, {entry.name: 1.0})
+    if entry.mixture and entry.mixture.gate:
+        return MixtureName(entry.mixture.base, gate=entry.name)
+    if entry.mixture:
+        return MixtureName(entry.mixture.base, entry.mixture.adapters)
+    return None
+
+
+def _checked(entry: FleetEntry, registry: AdapterRegistry) -> Mixture:
+    try:
+        wanted = wanted_by(entry)
+        return BASE if wanted is None else registry.mixture(wanted, {})
+    except ExpertRequestError as error:
+        raise ExpertConfigError(f"expert {entry.name!r}: {error}") from error
+
+
+def _try(entry: FleetEntry, model: LocalModel, mixture: Mixture) -> None:
+    """A first pass, so that the first request is no slower than others and finds no surprise."""
+    try:
+        finite = first_pass(model, mixture)
+    except (RuntimeError, TypeError, ValueError, AttributeError, KernelError) as error:
+        raise ExpertConfigError(f"expert {entry.name!r}: its model does not run: {error}") from error
+    if not finite:
+        raise ExpertConfigError(f"expert {entry.name!r}: its model gives numbers that are not finite")
+
+
+class Model(Protocol):
+    """What an expert knows of its model."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+    @property
+    def vocabulary(self) -> int: ...
+    @property
+    def defaults(self) -> SamplingDefaults: ...
+
+
+class Registry(Protocol):
+    """Adapters and gates by name; `AdapterRegistry` says what the methods do."""
+
+    def load(self, name: str, path: str, revision: str | None = None) -> Any: ...
+    def unload(self, name: str) -> Any: ...
+    def mixture(self, wanted: MixtureName, bias: Mapping[str, float]) -> Mixture: ...
+
+
+class JobEngine(Protocol):
+    """What makes answers; `Engine` says what the methods do."""
+
+    max_batch: int
+
+    @property
+    def alive(self) -> bool: ...
+    def check_room(self, tenant: str) -> None: ...
+    def submit(self, job: Job) -> None: ...
+    def forget(self, adapter: Any) -> None: ...
+
+
+class Runtime(Protocol):
+    """What the experts of one model share: model, adapters, engine, and a thread that turns text into tokens."""
+
+    chat: ChatPrompt
+    tokenizing: ThreadPoolExecutor
+
+    @property
+    def model(self) -> Model: ...
+    @property
+    def registry(self) -> Registry: ...
+    @property
+    def engine(self) -> JobEngine: ...
+
+
+class _OwnRuntime:
+    """The runtime on the project's own engine."""
+
+    def __init__(self, group: ExpertGroup, model: LocalModel, registry: AdapterRegistry, source: LocalSource) -> None:
         threads = max(1, ceil(group.resources.cpus))
         self.model = model
+        self.registry = registry
         self.chat = ChatPrompt(model.tokenizer)
         self.engine = Engine(group.name, model, max_batch=source.max_batch, max_queue=source.max_queue, threads=threads)
         self.tokenizing = ThreadPoolExecutor(1, thread_name_prefix=f"tokenizing-{group.name}")
@@ -47,21 +149,23 @@ class _Runtime:
 
 
 class LocalExpert:
-    """A model in this process: the base (`adapter` -1) or one of its adapters."""
+    """A model in this process: the base, which also answers for mixtures by name, an adapter, a mixture or a gate."""
 
-    def __init__(self, entry: FleetEntry, adapter: int, shared: Shared[_Runtime]) -> None:
+    def __init__(self, entry: FleetEntry, wanted: MixtureName | None, shared: Shared[Runtime]) -> None:
         self._entry = entry
-        self._adapter = adapter
+        self._wanted = wanted
         self._shared = shared.hold()
         self._model = shared.resource.model
+        self._registry = shared.resource.registry
         self._engine = shared.resource.engine
 
     async def generate(self, request: ExpertRequest) -> AsyncIterator[Part]:
         """Answer part by part; closing the iterator stops the generation at its next step."""
         deadline = asyncio.get_running_loop().time() + request.timeout_s
         generation = self._parse(request)
-        self._engine.check_room()
-        job = await self._job(generation, deadline)
+        mixture = self._mixture(request)
+        self._engine.check_room(request.tenant)
+        job = await self._job(generation, mixture, request.tenant, deadline)
         self._engine.submit(job)
         replies = Replies(request, self._entry.name, self._model.tokenizer, show_usage=generation.include_usage)
         try:
@@ -78,6 +182,27 @@ class LocalExpert:
         message = f"expert {self._entry.name!r} does not make embeddings"
         raise ExpertRequestError(message, param="model", code="unsupported_endpoint")
 
+    async def load_adapter(self, name: str, path: str, revision: str | None = None) -> None:
+        """Register an adapter or a gate on the base, or replace it, while others answer; it is checked first.
+
+        `path` is a folder, an fsspec URL or a name on the hub. Answers under way keep what they began with. Raises
+        `ExpertConfigError`.
+        """
+        loop = asyncio.get_running_loop()
+        replaced = await loop.run_in_executor(None, self._registry.load, name, path, revision)
+        if replaced is not None:
+            self._engine.forget(replaced)
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter or a gate; answers under way keep it. Raises `ExpertConfigError` where there is none."""
+        unloaded = self._registry.unload(name)
+        if unloaded is not None:
+            self._engine.forget(unloaded)
+
+    def adapted(self, entry: FleetEntry) -> LocalExpert:
+        """The expert that answers through the loaded adapter of the entry's name."""
+        return LocalExpert(entry, wanted_by(entry), self._shared)
+
     async def healthy(self) -> bool:
         """Whether its engine runs."""
         return self._engine.alive
@@ -85,6 +210,17 @@ class LocalExpert:
     async def close(self) -> None:
         """Let go of the model; the last of its experts to do so stops the engine."""
         await self._shared.release()
+
+    def _mixture(self, request: ExpertRequest) -> Mixture:
+        """What the request is answered with: the expert's own, or what the base is asked for by name."""
+        name = request.body.get("model")
+        wanted = self._wanted
+        if wanted is None and is_mixture(name):
+            wanted = parse_mixture(str(name))
+            if wanted.base != self._entry.name:
+                message = f"model: mixtures on {wanted.base[:128]!r} are not for {self._entry.name!r}"
+                raise ExpertRequestError(message, param="model", code="model_not_found", status=404)
+        return self._registry.mixture(wanted or MixtureName(self._entry.name), gate_bias(request.body))
 
     def _parse(self, request: ExpertRequest) -> Generation:
         for field, feature in (("tools", "tools"), ("functions", "tools"), ("logprobs", "logprobs")):
@@ -100,7 +236,7 @@ class LocalExpert:
         message = f"expert {self._entry.name!r} has no {feature} feature, which {field} needs"
         return ExpertRequestError(message, param=field, code="unsupported_parameter")
 
-    async def _job(self, generation: Generation, deadline: float) -> Job:
+    async def _job(self, generation: Generation, mixture: Mixture, tenant: str, deadline: float) -> Job:
         """The request as tokens, within the context and the engine's limits."""
         loop = asyncio.get_running_loop()
         try:
@@ -109,7 +245,9 @@ class LocalExpert:
         except TimeoutError as error:
             raise self._too_late() from error
         max_tokens = [self._max_tokens(len(prompt), generation.max_tokens) for prompt in prompts]
-        job = Job(prompts=prompts, generation=generation, adapter=self._adapter, max_tokens=max_tokens, loop=loop)
+        job = Job(
+            prompts=prompts, generation=generation, mixture=mixture, max_tokens=max_tokens, loop=loop, tenant=tenant
+        )
         if job.rows > self._engine.max_batch:
             message = f"{job.rows} answers are asked for at once, {self._engine.max_batch} are possible"
             raise ExpertRequestError(message, param="n", code="invalid_value")
@@ -155,14 +293,15 @@ class LocalExpert:
             for chunk in replies.chunks(piece):
                 yield Part(chunk)
         usage = Usage(sum(map(len, job.prompts)), sum(tokens.values()))
-        yield Part(replies.usage_chunk(usage) if job.generation.include_usage else b"", usage)
+        data = replies.usage_chunk(usage) if job.generation.include_usage else b""
+        yield Part(data, usage, work=job.pace.work(usage.output_tokens))
 
     async def _whole(self, job: Job, replies: Replies, deadline: float) -> Part:
         choices: list[list[Piece]] = [[] for _ in range(job.rows)]
         async for piece in self._pieces(job, deadline):
             choices[piece.choice].append(piece)
         usage = Usage(sum(map(len, job.prompts)), sum(pieces[-1].tokens for pieces in choices))
-        return Part(replies.whole(choices, usage), usage)
+        return Part(replies.whole(choices, usage), usage, work=job.pace.work(usage.output_tokens))
 
     async def _pieces(self, job: Job, deadline: float) -> AsyncIterator[Piece]:
         """What the engine makes of `job`, until each of its choices has ended."""

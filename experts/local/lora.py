@@ -1,28 +1,19 @@
-"""LoRA adapters (arXiv 2106.09685) in PEFT's file format, all of them in memory beside one base.
-
-PEFT's own layers hold one active adapter, and changing it walks the whole model (11 ms for a 6-layer model, twice a
-decoding step); here each row of a batch has its own. A linear layer keeps all adapters' matrices side by side:
-
-    y = x W^T + ((x A^T) * [rank belongs to the row's adapter]) B       A [R, in], B [R, out], R the sum of all ranks
-
-and, where all rows have the same adapter, multiplies with its slices alone. The scale is folded into B.
-"""
+"""LoRA adapters (arXiv 2106.09685) in PEFT's file format: read and checked against the layers that they change."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from experts.errors import ExpertConfigError
 
@@ -44,68 +35,22 @@ _WEIGHT = re.compile(r"^base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.
 
 @dataclass(frozen=True, slots=True)
 class LoraWeights:
-    """One adapter's matrices for one linear layer: `a` [r, in], `b` [r, out] with the scale in it."""
+    """One adapter's matrices for one linear layer, in the file's dtype: it adds scale * B A x."""
 
-    a: Tensor
-    b: Tensor
-
-
-class AdapterChoice:
-    """Which adapter each row of the coming forward pass uses; all layers of a model look here."""
-
-    def __init__(self) -> None:
-        self.all = NO_ADAPTER
-        self.rows: Tensor | None = None
-
-    def set(self, adapters: Sequence[int], device: torch.device) -> None:
-        """One adapter for each row of the batch."""
-        self.all = adapters[0]
-        mixed = any(adapter != self.all for adapter in adapters)
-        self.rows = torch.tensor(adapters, device=device).view(-1, 1, 1) if mixed else None
+    a: Tensor  # [r, in]
+    b: Tensor  # [out, r]
+    scale: float  # alpha / r
 
 
-class LoraLinear(nn.Module):
-    """A linear layer with the adapters that change it. Input [B, T, in], output [B, T, out]."""
+class HasLayers(Protocol):
+    """A model, or whatever else has its linear layers under their names."""
 
-    def __init__(self, base: nn.Linear, adapters: Mapping[int, LoraWeights], choice: AdapterChoice) -> None:
-        super().__init__()
-        ranks = [one.a.shape[0] for one in adapters.values()]
-        self.weight, self.bias = base.weight, base.bias
-        self._choice = choice
-        self._a = torch.cat([one.a for one in adapters.values()]).to(base.weight)
-        self._b = torch.cat([one.b for one in adapters.values()]).to(base.weight)
-        owners = torch.tensor(list(adapters), device=base.weight.device)
-        self._owners = owners.repeat_interleave(torch.tensor(ranks, device=base.weight.device))
-        slices = zip(torch.split(self._a, ranks), torch.split(self._b, ranks), strict=True)
-        self._slices = dict(zip(adapters, slices, strict=True))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The base's output plus that of each row's adapter."""
-        y = linear(x, self.weight, self.bias)
-        rows = self._choice.rows
-        if rows is not None:
-            return self._add(y, linear(x, self._a) * (rows == self._owners), self._b)
-        if (own := self._slices.get(self._choice.all)) is not None:
-            return self._add(y, linear(x, own[0]), own[1])
-        return y
-
-    @staticmethod
-    def _add(y: Tensor, h: Tensor, b: Tensor) -> Tensor:
-        return torch.addmm(y.flatten(0, -2), h.flatten(0, -2), b).view(y.shape)
+    def get_submodule(self, target: str) -> nn.Module:
+        """The layer of that name. Raises `AttributeError`."""
+        ...
 
 
-def install_adapters(model: nn.Module, adapters: Sequence[Mapping[str, LoraWeights]]) -> AdapterChoice:
-    """Put adapters (for each: layer name -> matrices) on a model. Row index i of a choice means `adapters[i]`."""
-    choice = AdapterChoice()
-    for name in sorted({name for adapter in adapters for name in adapter}):
-        layer = model.get_submodule(name)
-        own = {i: adapter[name] for i, adapter in enumerate(adapters) if name in adapter}
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, LoraLinear(cast("nn.Linear", layer), own, choice))
-    return choice
-
-
-def read_adapter(folder: Path, model: nn.Module) -> dict[str, LoraWeights]:
+def read_adapter(folder: Path, model: HasLayers) -> dict[str, LoraWeights]:
     """The matrices of a PEFT adapter for each linear layer of `model` that it changes.
 
     Raises `ExpertConfigError` unless it is a plain LoRA adapter in safetensors, its layers are linear layers of the
@@ -146,7 +91,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _layer_weights(name: str, pair: Mapping[str, Tensor], model: nn.Module, config: Mapping[str, Any]) -> LoraWeights:
+def _layer_weights(name: str, pair: Mapping[str, Tensor], model: HasLayers, config: Mapping[str, Any]) -> LoraWeights:
     if pair.keys() != {"A", "B"}:
         raise ExpertConfigError(f"layer {name!r} has only lora_{next(iter(pair))}")
     try:
@@ -165,7 +110,9 @@ def _layer_weights(name: str, pair: Mapping[str, Tensor], model: nn.Module, conf
             raise ExpertConfigError(f"layer {name!r}: lora_{side} holds numbers that are not finite")
     alpha = float(_for_layer(config.get("alpha_pattern"), name, config["lora_alpha"]))
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    return LoraWeights(pair["A"].float(), pair["B"].float().t() * scale)
+    if not math.isfinite(scale):
+        raise ExpertConfigError(f"layer {name!r}: alpha {alpha!r} is not finite")
+    return LoraWeights(pair["A"], pair["B"], scale)
 
 
 def _for_layer(pattern: Mapping[str, float] | None, name: str, default: float) -> float:

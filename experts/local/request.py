@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -52,6 +53,7 @@ class Generation:
     """One request. `prompts` are texts, tokens or one conversation; each is answered `n` times.
 
     `top_logprobs` is how many alternatives of each token are reported besides itself, None if no log-probabilities are.
+    `ignore_eos` goes on after the token that ends an answer, as measurements need it.
     """
 
     messages: list[dict[str, Any]] | None
@@ -63,6 +65,7 @@ class Generation:
     top_logprobs: int | None
     stream: bool
     include_usage: bool
+    ignore_eos: bool
 
 
 class _StreamOptions(BaseModel):
@@ -83,6 +86,7 @@ class _Body(BaseModel):
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: dict[str, _Bias] | None = None
+    ignore_eos: bool | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
 
@@ -134,6 +138,19 @@ def parse_completion(body: Mapping[str, Any], defaults: SamplingDefaults) -> Gen
     )
 
 
+def gate_bias(body: Mapping[str, Any]) -> dict[str, float]:
+    """The request's `gate_bias`: adapter -> what is added to the gate's scores of it. Raises `ExpertRequestError`."""
+    bias = body.get("gate_bias")
+    if bias is None:
+        return {}
+    if not isinstance(bias, Mapping) or not all(
+        isinstance(value, (int, float)) and math.isfinite(value) for value in bias.values()
+    ):
+        message = "gate_bias: must be an object of adapters' names with finite numbers"
+        raise ExpertRequestError(message, param="gate_bias", code="invalid_value")
+    return {name: float(value) for name, value in bias.items()}
+
+
 def _checked(schema: type[B], body: Mapping[str, Any]) -> B:
     try:
         return schema.model_validate(body)
@@ -164,6 +181,7 @@ def _generation(
         top_logprobs=top_logprobs,
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
+        ignore_eos=bool(body.ignore_eos),
     )
 
 

@@ -41,8 +41,12 @@ class Detokenizer:
             return ""
         return self._advance(text)
 
+    def hold(self, token: int) -> None:
+        """Take a token whose text `finish` gives."""
+        self._tokens.append(token)
+
     def finish(self) -> str:
-        """The text of tokens whose last character never was completed."""
+        """The text of tokens that were held, or whose last character never was completed."""
         return self._advance(self._decode(self._tokens[self._start :]))
 
     def _advance(self, text: str) -> str:

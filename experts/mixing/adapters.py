@@ -34,17 +34,16 @@ Adapter = Mapping[str, LayerAdapter]
 
 
 def read_adapters(folders: Mapping[str, Path], model: nn.Module) -> dict[str, dict[str, LayerAdapter]]:
-    """PEFT LoRA adapters by name, for `model`, which must be as it was loaded. Raises `MixingError`.
-
-    The scale is folded into B, as float32.
-    """
+    """PEFT LoRA adapters by name, for `model`, which must be as it was loaded. Raises `MixingError`."""
     adapters = {}
     for name, folder in folders.items():
         try:
             weights = read_adapter(folder, model)
         except ExpertConfigError as error:
             raise MixingError(f"adapter {name!r} in {str(folder)!r}: {error}") from error
-        adapters[name] = {layer: LayerAdapter(part.a, part.b.T) for layer, part in weights.items()}
+        adapters[name] = {
+            layer: LayerAdapter(part.a.float(), part.b.float(), part.scale) for layer, part in weights.items()
+        }
     return adapters
 
 

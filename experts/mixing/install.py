@@ -148,11 +148,14 @@ class Mixture:
             if self.gate.learns in ("gate and adapters", "adapters' B"):
                 yield layer.B
 
-    def _begin(self, _module: nn.Module, _args: Any, kwargs: Any) -> None:
-        """A new pass: nothing is decided yet."""
+    def begin_pass(self) -> None:
+        """A new pass: nothing is decided yet. A forward pass of the model does this by itself."""
         self.state.records.clear()
         for decision in self._decisions:
             decision.routing = None
+
+    def _begin(self, _module: nn.Module, _args: Any, kwargs: Any) -> None:
+        self.begin_pass()
         mask = kwargs.get("attention_mask") if self.state.recording else None
         self.state.counted = None if mask is None or mask.dim() != 2 else mask.flatten() > 0
 

@@ -80,10 +80,11 @@ class MixedLoraLinear(nn.Module):
         flat = x.reshape(-1, x.shape[-1]).to(self.A.dtype)
         flat_base = base.reshape(-1, base.shape[-1])
         if base.dtype == self.A.dtype:
-            return self._mixed(flat, flat_base).view(base.shape)
-        return base + self._mixed(flat, None).view(base.shape).to(base.dtype)  # under autocast
+            return self.mixed(flat, flat_base).view(base.shape)
+        return base + self.mixed(flat, None).view(base.shape).to(base.dtype)  # under autocast
 
-    def _mixed(self, x: Tensor, base: Tensor | None) -> Tensor:
+    def mixed(self, x: Tensor, base: Tensor | None) -> Tensor:
+        """What the adapters add for x [T, d], to `base` [T, o] where it is given."""
         routing = self._routing(x)
         return mixed_lora(x, self.stack, routing.indices, routing.weights, base=base)
 
@@ -125,7 +126,8 @@ class MixedLoraLinear(nn.Module):
 class RankLoraLinear(MixedLoraLinear):
     """The same with one adapter, whose ranks are the experts. A request can have the gate, or the base alone."""
 
-    def _mixed(self, x: Tensor, base: Tensor | None) -> Tensor:
+    def mixed(self, x: Tensor, base: Tensor | None) -> Tensor:
+        """What the chosen ranks add for x [T, d], to `base` [T, o] where it is given."""
         gate = cast("RankGate", self.gate)
         hidden = project_ranks(x, self.A[0])
         routing = gate.choose(x, hidden)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -77,6 +78,38 @@ def kernels(
             shapes, seconds=seconds, memory_gib=memory_gib, out=out, plot=plot, on_progress=on_progress
         )
     write_json(results if out is None else results["summary"])
+
+
+@app.command()
+def engine(
+    parts: Annotated[
+        list[str] | None, typer.Option("--part", help="ways, shapes, adapters or load; give it again.  [all]")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Of load by a thousand adapters.")] = 30.0,
+    registered: Annotated[int, typer.Option(min=20, help="Adapters that are registered.")] = 1000,
+    batches: Annotated[
+        list[int] | None, typer.Option("--batch", min=1, max=64, help="Batch size.  [1, 4, 16, 64]")
+    ] = None,
+    prompts: Annotated[
+        list[int] | None, typer.Option("--prompt", min=1, max=4000, help="Prompt length.  [64, 256, 1024, 2048]")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Of each way.")] = 3,
+    out: Annotated[Path | None, typer.Option(help="JSON file; parts that are not asked for are kept in it.")] = None,
+) -> None:
+    """The engine of local experts beside PEFT and static batching, by shape, and under load by many adapters.
+
+    Example: router-service bench engine --part ways --part shapes
+    """
+    from router_service.bench.engine import PARTS, Limits, measure_engine
+    from router_service.cli.progress import steps
+
+    asked = parts or list(PARTS)
+    if unknown := sorted(set(asked) - set(PARTS)):
+        raise typer.BadParameter(f"no part {unknown[0]!r}: choose of {', '.join(PARTS)}", param_hint="--part")
+    limits = Limits(minutes=minutes, rounds=rounds, registered=registered)
+    limits = replace(limits, batches=batches or limits.batches, prompts=prompts or limits.prompts)
+    with steps() as on_progress:
+        write_json(measure_engine(asked, limits, out=out, on_progress=on_progress))
 
 
 @app.command()

@@ -71,7 +71,7 @@ def collect(
     known = _cards(url)
     plan = Plan(
         prompts=asked,
-        cards=[_named(known, name) for name in expert or known if expert or known[name].kind != "embedding"],
+        cards=[_named(known, name) for name in expert or known if expert or _is_routed(known[name])],
         grader=grader,
         judge=_named(known, judge) if judge else None,
         max_tokens=max_tokens,
@@ -83,6 +83,11 @@ def collect(
     if collected.graded:
         write_table(out_folder, plan.cards, table_rows(collected.graded, _routed_text, test_share))
     _report(collected, plan, out_folder, as_json)
+
+
+def _is_routed(card: ExpertCard) -> bool:
+    """Whether a policy could choose it for an answer."""
+    return card.routed and card.kind != "embedding"
 
 
 async def _run(plan: Plan, url: str | None, folder: Path, timeout_s: float) -> Collected:

@@ -20,6 +20,7 @@ from router_service.cli.progress import steps
 from router_service.cli.promote import put_in_service
 from router_service.cli.train_mole import train_mole
 from router_service.cli.train_retriever import train_retriever
+from router_service.cli.train_router_r1 import train_router_r1
 
 if TYPE_CHECKING:
     from training.manifest import Manifest
@@ -55,6 +56,7 @@ app.command("retriever")(train_retriever)
 app.command("categories")(composition.categories)
 app.command("table")(composition.table)
 app.command("mole")(train_mole)
+app.command("router_r1")(train_router_r1)
 
 
 @app.command(_ROUTER, hidden=True)

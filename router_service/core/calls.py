@@ -126,6 +126,8 @@ class Caller:
             async with aclosing(generated) as parts:
                 async for part in parts:
                     opened.take(part)
+                    if part.work:
+                        self._metrics.count_work(expert, part.work)
                     self._check_cost(opened, part)
                     if whole is None:
                         yield part
@@ -140,6 +142,7 @@ class Caller:
     def _recorded(self, expert: str, request: ExpertRequest, why: str) -> Iterator[_Open]:
         """Bracket one call: its place, time and money are taken before it, its record is complete after it."""
         record, lane = self._begin(expert, why)
+        record.asked = self._asked(request)
         opened = _Open(record, lane, request)
         free = False
         try:
@@ -208,6 +211,12 @@ class Caller:
         if request.timeout_s <= remaining_s + _SLACK_S:
             return request
         return replace(request, timeout_s=remaining_s)
+
+    def _asked(self, request: ExpertRequest) -> str | None:
+        """The last message where a strategy wrote it, if texts are kept."""
+        messages = request.body.get("messages")
+        said = messages[-1].get("content") if messages else None
+        return said if self._trace.text is not None and isinstance(said, str) and said != self._trace.text else None
 
 
 def _streamed(body: Mapping[str, Any]) -> dict[str, Any]:

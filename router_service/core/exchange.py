@@ -180,7 +180,7 @@ class Exchange:
     @property
     def _request(self) -> ExpertRequest:
         ask = self._ask
-        return ExpertRequest(id=ask.id, endpoint=ask.endpoint, body=ask.body, timeout_s=self.timeout_s)
+        return ExpertRequest(id=ask.id, endpoint=ask.endpoint, body=ask.body, timeout_s=self.timeout_s, tenant=ask.key)
 
     def _call(self) -> Caller:
         self._caller = Caller(

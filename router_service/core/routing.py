@@ -119,7 +119,8 @@ class Plan:
 
 def able(policy: Policy, cards: Iterable[ExpertCard]) -> list[ExpertCard]:
     """The cards of those who can do what `policy` serves."""
-    return [card for card in cards if (card.kind == "embedding") == (policy.serves == "embeddings")]
+    embeds = policy.serves == "embeddings"
+    return [card for card in cards if card.routed and (card.kind == "embedding") == embeds]
 
 
 async def watch_promotions(link: RedisLink, slots: Sequence[RouterSlot]) -> None:

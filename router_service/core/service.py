@@ -13,8 +13,10 @@ from dataclasses import replace
 from typing import Any
 
 from experts.cards import ExpertCard
+from experts.errors import ExpertRequestError
 from experts.expert import Endpoint, Expert
 from experts.fleet import FleetEntry
+from experts.mixtures import is_mixture, parse_mixture
 from router_service.core.adapters import Adapters
 from router_service.core.admission import Admission, Gate
 from router_service.core.calls import Lane
@@ -135,6 +137,8 @@ class Service:
             raise BadRequestError("'model' must be the name of an expert or policy", param="model")
         if model in self.lanes:
             return None, model
+        if is_mixture(model):
+            return None, self._base_of(model)
         prefix, colon, name = model.partition(":")
         serves = "embeddings" if endpoint == "embeddings" else "generation"
         default = EMBEDDINGS_POLICY if serves == "embeddings" else DEFAULT_POLICY
@@ -148,6 +152,20 @@ class Service:
         raise ModelNotFoundError(
             f"there is no model {model[:128]!r}: GET /v1/models lists those there are", param="model"
         )
+
+    def _base_of(self, model: str) -> str:
+        """The expert that answers for a mixture, which knows its adapters. Raises `BadRequestError`."""
+        try:
+            base = parse_mixture(model).base
+        except ExpertRequestError as error:
+            raise BadRequestError(str(error), param="model") from error
+        card = self.cards.get(base)
+        if card is None or card.kind != "local":
+            known = ", ".join(name for name, card in self.cards.items() if card.kind == "local") or "none"
+            raise ModelNotFoundError(
+                f"{base[:128]!r} is no model that mixes adapters: there are {known}", param="model"
+            )
+        return base
 
     def unready(self) -> list[str]:
         """Why the service cannot do what it was configured to do; empty when it can."""

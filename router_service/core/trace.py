@@ -15,6 +15,7 @@ class CallRecord:
 
     `outcome` tells whose fault an `error` is: the request was `refused` (the client's), the call was `not_sent` (no
     ceiling or time was left for it), it was `cut_off` (nobody waits for it any more), or the expert failed.
+    `asked` is the last message, where it is not the client's own (a strategy wrote it) and the ledger may keep texts.
     `estimated` says that the expert never told its usage (the call was cut off, or its API tells none), so that it was
     counted from outside.
     """
@@ -29,12 +30,14 @@ class CallRecord:
     estimated: bool = False
     outcome: Literal["ok", "refused", "not_sent", "cut_off", "error"] = "ok"
     error: str | None = None
+    asked: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The record as JSON."""
         return {
             "expert": self.expert,
             "why": self.why,
+            **({"asked": self.asked} if self.asked is not None else {}),
             "input_tokens": self.usage.input_tokens,
             "output_tokens": self.usage.output_tokens,
             "cached_input_tokens": self.usage.cached_input_tokens,

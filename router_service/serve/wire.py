@@ -5,6 +5,7 @@ An expert's error crosses as data, so that the ingress raises what the expert ra
 
 from __future__ import annotations
 
+from dataclasses import astuple
 from typing import Any, Literal, TypeAlias, cast
 
 import orjson
@@ -16,14 +17,14 @@ from experts.errors import (
     ExpertTimeoutError,
     ExpertUnavailableError,
 )
-from experts.expert import Endpoint, ExpertRequest, Part, Usage
+from experts.expert import Endpoint, ExpertRequest, Part, Usage, Work
 
-Request: TypeAlias = tuple[str, str, bytes, float]
-"""Id, endpoint, the body's JSON, timeout in seconds."""
+Request: TypeAlias = tuple[str, str, bytes, float, str]
+"""Id, endpoint, the body's JSON, timeout in seconds, tenant."""
 
 Reply: TypeAlias = (
     tuple[Literal["accepted"]]
-    | tuple[Literal["part"], bytes, tuple[int, int, int, bool] | None]
+    | tuple[Literal["part"], bytes, tuple[int, int, int, bool] | None, tuple[Any, ...] | None]
     | tuple[Literal["error"], str, str, dict[str, Any]]
 )
 """`accepted` comes first and says that a replica has the request; then parts, or an error in their place."""
@@ -39,21 +40,22 @@ _FIELDS = ("status", "param", "code", "retry_after_s")
 
 def pack_request(request: ExpertRequest) -> Request:
     """An expert's request for the wire."""
-    return request.id, request.endpoint, orjson.dumps(request.body), request.timeout_s
+    return request.id, request.endpoint, orjson.dumps(request.body), request.timeout_s, request.tenant
 
 
 def unpack_request(request: Request) -> ExpertRequest:
     """The request that `pack_request` packed."""
-    id_, endpoint, body, timeout_s = request
-    return ExpertRequest(id=id_, endpoint=cast("Endpoint", endpoint), body=orjson.loads(body), timeout_s=timeout_s)
+    id_, endpoint, body, timeout_s, tenant = request
+    return ExpertRequest(
+        id=id_, endpoint=cast("Endpoint", endpoint), body=orjson.loads(body), timeout_s=timeout_s, tenant=tenant
+    )
 
 
 def pack_part(part: Part) -> Reply:
     """A part for the wire."""
     usage = part.usage
-    if usage is None:
-        return "part", part.data, None
-    return "part", part.data, (usage.input_tokens, usage.output_tokens, usage.cached_input_tokens, usage.estimated)
+    counts = (usage.input_tokens, usage.output_tokens, usage.cached_input_tokens, usage.estimated) if usage else None
+    return "part", part.data, counts, astuple(part.work) if part.work else None
 
 
 def pack_error(error: ExpertError) -> Reply:
@@ -72,5 +74,5 @@ def unpack_reply(reply: Reply) -> Part:
         raise _ERRORS[kind](message, **fields)
     if reply[0] == "accepted":
         return Part(b"")
-    _, data, counts = reply
-    return Part(data, Usage(*counts) if counts else None)
+    _, data, counts, work = reply
+    return Part(data, Usage(*counts) if counts else None, work=Work(*work) if work else None)

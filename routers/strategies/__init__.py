@@ -17,6 +17,7 @@ _STRATEGIES = {
     "vote": "routers.strategies.vote:VoteStrategy",
     "mixture_of_agents": "routers.strategies.mixture_of_agents:MixtureOfAgentsStrategy",
     "self_moa": "routers.strategies.mixture_of_agents:SelfMoaStrategy",
+    "router_r1": "routers.strategies.router_r1.strategy:RouterR1Strategy",
 }
 
 

@@ -91,7 +91,7 @@ class CascadeStrategy(SeveralStrategy[CascadeOptions]):
     async def _try(self, candidate: Candidate, request: ExpertRequest, call: Call, state: _State) -> Reply | None:
         """One step's reply with its score; None where it failed. A step has half of the time that is left."""
         now = asyncio.get_running_loop().time()
-        adds = self._adds_logprobs(request) and "logprobs" in candidate.features
+        adds = self._adds_logprobs(request) and "logprobs" in candidate.card.features
         body = {**request.body, "logprobs": True} if adds else request.body
         ask = Ask(expert=candidate.expert, body=body, why=f"cascade: {state.last}")
         try:

@@ -10,6 +10,7 @@ from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -37,6 +38,7 @@ CONFIGS = {
     "mistral": lambda vocabulary: MistralConfig(
         vocab_size=vocabulary, max_position_embeddings=512, sliding_window=16, **SHAPE
     ),
+    "bloom": lambda vocabulary: BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=4, seq_length=512),
     "gpt2": lambda vocabulary: GPT2Config(vocab_size=vocabulary, n_positions=512, n_embd=32, n_layer=2, n_head=4),
 }
 

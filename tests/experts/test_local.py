@@ -19,40 +19,14 @@ from experts.errors import (
     ExpertTimeoutError,
     ExpertUnavailableError,
 )
-from experts.expert import Endpoint, Expert, ExpertRequest, Part
+from experts.expert import Endpoint, Expert, ExpertRequest
 from experts.fleet import ExpertGroup, FleetEntry
 from experts.local.batch import Batch
 from experts.local.expert import LocalExpert
+from tests.experts.asking import ENDLESS, TEXT, answer, ask, run, text_of, until
 from tests.experts.models import save_adapter, save_model
 
 Fleet = dict[str, Expert]
-TEXT = "Tell me: 12 + 30?"
-
-
-def ask(
-    text: str = TEXT, *, endpoint: Endpoint = "chat/completions", timeout_s: float = 60, **body: Any
-) -> ExpertRequest:
-    prompt = {"messages": [{"role": "user", "content": text}]} if endpoint == "chat/completions" else {"prompt": text}
-    body = {"model": "auto", "max_tokens": 12, "temperature": 0, **prompt, **body}
-    return ExpertRequest(id="req-1", endpoint=endpoint, body=body, timeout_s=timeout_s)
-
-
-async def run(expert: Expert, request: ExpertRequest) -> list[Part]:
-    return [part async for part in expert.generate(request)]
-
-
-async def answer(expert: Expert, request: ExpertRequest) -> dict[str, Any]:
-    [part] = await run(expert, request)
-    reply: dict[str, Any] = orjson.loads(part.data)
-    assert part.usage is not None
-    assert reply["usage"]["prompt_tokens"] == part.usage.input_tokens
-    assert reply["usage"]["completion_tokens"] == part.usage.output_tokens
-    return reply
-
-
-async def text_of(expert: Expert, request: ExpertRequest) -> str:
-    choice = (await answer(expert, request))["choices"][0]
-    return str(choice["message"]["content"] if "message" in choice else choice["text"])
 
 
 async def chunks(expert: Expert, request: ExpertRequest) -> list[dict[str, Any]]:
@@ -177,11 +151,11 @@ async def test_an_answer_is_the_same_alone_and_among_others(fleet: Fleet) -> Non
     assert len(set(alone)) == len(alone)
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "mistral", "gpt2"])
+@pytest.mark.parametrize("architecture", ["qwen2", "mistral", "gpt2", "bloom"])
 async def test_other_architectures(tmp_path: Path, architecture: str) -> None:
-    """Mistral has sliding windows, whose caches cannot be merged; GPT-2 has no rotary positions."""
+    """Mistral has sliding windows, whose caches cannot be shared; GPT-2 has no rotary positions, Bloom none at all."""
     model = save_model(tmp_path / "model", architecture)
-    adapters = [] if architecture == "gpt2" else [save_adapter(model, tmp_path / "adapter")]
+    adapters = [] if architecture in ("gpt2", "bloom") else [save_adapter(model, tmp_path / "adapter")]
     experts = build(model, *adapters)
     requests = [(expert, ask("word " * i, max_tokens=20, n=2)) for i in (1, 9) for expert in experts.values()]
     alone = [await text_of(expert, request) for expert, request in requests]
@@ -336,12 +310,6 @@ def engine_of(expert: Expert) -> Any:
     return expert._engine
 
 
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110  # another thread's doing, which sets no event
-            await asyncio.sleep(0.005)
-
-
 @pytest.fixture
 def slow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes each step take at least 10 ms."""
@@ -352,9 +320,6 @@ def slow(monkeypatch: pytest.MonkeyPatch) -> None:
         step(self)
 
     monkeypatch.setattr(Batch, "step", slow_step)
-
-
-ENDLESS = {"max_tokens": 480, "logit_bias": {str(token): -100 for token in range(256, 260)}}
 
 
 @pytest.mark.usefixtures("slow")
@@ -397,12 +362,32 @@ async def test_a_full_queue_refuses(llama: Path) -> None:
     await until(lambda: engine_of(experts["m"])._rows())
     await until(lambda: engine_of(experts["m"])._free == 0)
     waiting = asyncio.create_task(run(experts["m"], ask(max_tokens=1)))
-    await until(lambda: engine_of(experts["m"])._waiting)
+    await until(lambda: len(engine_of(experts["m"])._queue))
     with pytest.raises(ExpertUnavailableError) as caught:
         await run(experts["m"], ask())
     assert caught.value.retry_after_s
     running.cancel()
     assert await waiting
+    await experts["m"].close()
+
+
+@pytest.mark.usefixtures("slow")
+async def test_a_tenant_that_fills_the_queue_does_not_keep_others_out(llama: Path) -> None:
+    experts = build(llama, max_batch=1, max_queue=3)
+    engine = engine_of(experts["m"])
+    running = asyncio.create_task(run(experts["m"], ask(tenant="many", **ENDLESS)))
+    await until(lambda: engine._rows() and engine._free == 0)
+    many = [asyncio.create_task(run(experts["m"], ask(tenant="many", max_tokens=1))) for _ in range(3)]
+    await until(lambda: len(engine._queue) == 3)
+    few = asyncio.create_task(run(experts["m"], ask(tenant="few", max_tokens=1)))
+    await until(lambda: len([task for task in many if task.done()]) == 1)
+    with pytest.raises(ExpertUnavailableError):
+        await next(task for task in many if task.done())
+    running.cancel()
+    assert await few
+    for task in many:
+        if not task.done():
+            assert await task
     await experts["m"].close()
 
 

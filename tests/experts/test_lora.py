@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,34 +15,115 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from experts.errors import ExpertConfigError
-from experts.local.lora import NO_ADAPTER, install_adapters, read_adapter
+from experts.local.lora import read_adapter
+from experts.local.mixture import BASE, Mixture, plan_for
+from experts.local.pool import Adapter, AdapterPool, adapter_of
+from experts.local.sites import LinearLayers, install_sites
 from tests.experts.models import save_model
 
 TOKENS = torch.arange(40).view(4, 10)
 
 
+CPU = torch.device("cpu")
+
+
+class Served:
+    """A model with sites, and adapters on it."""
+
+    def __init__(self, base: Path, adapters: list[Path], slots: int = 4) -> None:
+        self.network = AutoModelForCausalLM.from_pretrained(base)
+        sites, self.linears, self.current = install_sites(self.network, slots)
+        self.pool = AdapterPool(sites, slots)
+        self.adapters = [self.read(path, sites) for path in adapters]
+
+    def read(self, path: Path, sites: Any) -> Adapter:
+        return adapter_of(path.name, read_adapter(path, self.linears), sites.values())
+
+    def logits(self, *rows: Mixture, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
+        wanted = [adapter for row in rows for adapter in row.adapters]
+        assert self.pool.acquire(wanted)
+        self.current.set(plan_for(rows, tokens.shape[1], self.pool, CPU))
+        with torch.inference_mode():
+            logits: torch.Tensor = self.network(tokens[: len(rows)]).logits
+        self.pool.release(wanted)
+        return logits
+
+    def only(self, i: int) -> Mixture:
+        return Mixture(weights=[(self.adapters[i], 1.0)])
+
+
+def reference(base: Path, adapter: Path | None = None) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    return model if adapter is None else PeftModel.from_pretrained(model, adapter)
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
 def test_each_row_has_its_own_adapter_and_it_is_pefts(llama: Path, adapters: list[Path]) -> None:
-    model = AutoModelForCausalLM.from_pretrained(llama)
-    choice = install_adapters(model, [read_adapter(path, model) for path in adapters])
-    rows = [2, NO_ADAPTER, 0, 1]
-    choice.set(rows, torch.device("cpu"))
-    mixed = model(TOKENS).logits
-    for row, adapter in enumerate(rows):
-        reference = AutoModelForCausalLM.from_pretrained(llama)
-        if adapter != NO_ADAPTER:
-            reference = PeftModel.from_pretrained(reference, adapters[adapter])
-        expected = reference(TOKENS[row : row + 1]).logits[0]
-        choice.set([adapter], torch.device("cpu"))
-        alone = model(TOKENS[row : row + 1]).logits[0]
-        torch.testing.assert_close(alone, expected, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(mixed[row], expected, rtol=1e-4, atol=1e-4)
+    served = Served(llama, adapters)
+    rows = [2, None, 0, 1]
+    mixed = served.logits(*(BASE if i is None else served.only(i) for i in rows))
+    for row, i in enumerate(rows):
+        tokens = TOKENS[row : row + 1]
+        expected = reference(llama, None if i is None else adapters[i])(tokens).logits
+        close(served.logits(BASE if i is None else served.only(i), tokens=tokens), expected)
+        close(mixed[row : row + 1], expected)
+
+
+def test_a_static_mixture_is_pefts_weighted_sum(llama: Path, adapters: list[Path]) -> None:
+    served = Served(llama, adapters)
+    mixture = Mixture(weights=[(served.adapters[0], 0.7), (served.adapters[2], -0.3)])
+    model = reference(llama, adapters[0])
+    model.load_adapter(adapters[2], "three")
+    model.add_weighted_adapter(["default", "three"], [0.7, -0.3], "sum", combination_type="cat")
+    model.set_adapter("sum")
+    mixed = served.logits(BASE, mixture, served.only(0))
+    close(mixed[1:2], model(TOKENS[1:2]).logits)
+    model.set_adapter("default")
+    close(mixed[2:3], model(TOKENS[2:3]).logits)
+
+
+def test_adapters_take_turns_in_few_slots(llama: Path, adapters: list[Path]) -> None:
+    """Ranks differ, so a slot's rows are those of its adapter alone, and a larger rank makes new room for all."""
+    served = Served(llama, adapters, slots=2)
+    expected = [reference(llama, path)(TOKENS[:1]).logits for path in adapters]
+    for i in (0, 1, 2, 0, 2, 1):
+        close(served.logits(served.only(i), tokens=TOKENS[:1]), expected[i])
+    assert (served.pool.resident, served.pool.loads, served.pool.hits) == (2, 5, 1)
+
+
+def test_adapters_in_use_stay_and_the_least_recently_used_go(llama: Path, adapters: list[Path]) -> None:
+    served = Served(llama, adapters, slots=2)
+    one, two, three = served.adapters
+    pool = served.pool
+    assert pool.acquire([one])
+    assert pool.acquire([two])
+    assert not pool.acquire([three])
+    pool.release([two])
+    assert pool.acquire([three])
+    assert pool.slot(one) != pool.slot(three)
+    assert not pool.acquire([two, three])
+    pool.release([three])
+    pool.release([one])
+    assert pool.acquire([one])
+    pool.release([one])
+    assert pool.acquire([two])
+    assert pool.slot(one) != pool.slot(two)
+    pool.forget(one)
+    assert pool.resident == 1
 
 
 def test_the_base_is_untouched_by_its_adapters(llama: Path, adapters: list[Path]) -> None:
-    model = AutoModelForCausalLM.from_pretrained(llama)
-    before = model(TOKENS).logits
-    install_adapters(model, [read_adapter(path, model) for path in adapters])
-    assert torch.equal(model(TOKENS).logits, before)
+    before = reference(llama)(TOKENS).logits
+    served = Served(llama, adapters)
+    for mixture in (BASE, served.only(0), BASE):
+        after = served.logits(*[mixture] * 4)
+    torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    skeleton = served.linears.skeleton()
+    assert skeleton.get_submodule("model.layers.0.mlp.up_proj") is served.linears.by_name["model.layers.0.mlp.up_proj"]
+    assert isinstance(served.linears, LinearLayers)
 
 
 Break = Callable[[Path], None]
@@ -79,6 +161,7 @@ def _first(tensors: dict[str, torch.Tensor], side: str) -> str:
         (_config(peft_type="IA3"), "LoRA"),
         (_config(r=8), "shape"),
         (_config(r="four"), "r 'four'"),
+        (_config(lora_alpha=float("nan")), "alpha nan is not finite"),
         (lambda folder: (folder / "adapter_config.json").unlink(), r"adapter_config\.json"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"junk"), r"adapter_model\.safetensors"),

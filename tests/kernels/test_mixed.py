@@ -25,6 +25,19 @@ def test_equals_the_sum_in_float64(backend: str, dtype: torch.dtype) -> None:
     assert error(y, exact(x, stack, indices, weights, base)) < TOLERANCES[dtype]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_adapters_may_be_stored_in_bfloat16(backend: str) -> None:
+    """Every bfloat16 is a float32, so nothing is lost."""
+    stack = random_stack(RANKS, 72, [40, 24, 8], dtype=torch.bfloat16)
+    wide = replace(stack, A=stack.A.float(), B=stack.B.float())
+    indices, weights = random_choice(37, 3, len(RANKS))
+    x, base = torch.randn(37, 72), torch.randn(37, 72)
+    y = mixed_lora(x, stack, indices, weights, base=base, backend=backend)
+    assert torch.equal(y, mixed_lora(x, wide, indices, weights, base=base, backend=backend))
+    with pytest.raises(MixtureError, match="gradients need"):
+        mixed_lora(x.requires_grad_(), stack, indices, weights)
+
+
 @pytest.mark.parametrize("backend", ["loop", "cpp", "stacked"])
 def test_width_need_not_be_a_multiple_of_anything(backend: str) -> None:
     stack = random_stack([3, 33], 37, [53])

@@ -9,6 +9,7 @@ import re
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from typing import Any
 
+from experts.cards import ExpertCard
 from experts.errors import ExpertError, ExpertUnavailableError
 from experts.expert import ExpertRequest, Part, Usage
 from routers.contracts import Candidate, Decision
@@ -53,19 +54,16 @@ class FakeFleet:
         return [expert for expert, _, _ in self.calls]
 
 
+def _card(name: str) -> ExpertCard:
+    return ExpertCard(name=name, context_length=8192 if name.isupper() else 4096, features=frozenset({"logprobs"}))
+
+
 def decision(*experts: str) -> Decision:
     """Experts in this order, all with the feature `logprobs`; what is in capitals has a longer context."""
     ranking = [
-        Candidate(
-            expert=e,
-            context_length=8192 if e.isupper() else 4096,
-            score=1,
-            quality=1,
-            cost_usd=0,
-            latency_s=0,
-            features=frozenset({"logprobs"}),
-        )
+        Candidate(expert=e, card=card, context_length=card.context_length, score=1, quality=1, cost_usd=0, latency_s=0)
         for e in experts
+        for card in [_card(e)]
     ]
     return Decision(policy="p", router="r", strategy="single", ranking=ranking)
 

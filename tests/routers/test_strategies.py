@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from experts.cards import ExpertCard
 from experts.errors import ExpertRequestError, ExpertTimeoutError, ExpertUnavailableError
 from experts.expert import ExpertRequest, Part
 from routers.contracts import Decision
@@ -107,7 +108,7 @@ async def test_the_client_sees_no_logprobs_it_did_not_ask_for() -> None:
 
 async def test_logprobs_are_asked_of_those_whose_card_has_them() -> None:
     made = decision("small", "large", "last")
-    lacking = replace(made.ranking[0], features=frozenset())
+    lacking = replace(made.ranking[0], card=ExpertCard(name="small"))
     fleet = KeepingFleet(**{name: says("9", probability=0.1) for name in ("small", "large", "last")})
     await run("cascade", fleet, replace(made, ranking=[lacking, *made.ranking[1:]]), threshold=1.0)
     assert [body.get("logprobs") for body in fleet.bodies] == [None, True, None]

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from experts.mixing import load_mixture
 from router_service.serve.environment import free_ports
 from tests.experts.embedding.encoders import save_encoder
+from tests.experts.models import save_model
 from tests.experts.upstream import run_upstream
 from tests.training.retriever.corpora import save_corpus
 from tests.training.tables import CARDS, small_table
@@ -248,6 +249,27 @@ async def test_a_retriever_trains_as_a_job(ray_head: dict[str, str], tmp_path: P
     manifest = await train(environment, *arguments, "--submit", trainer="retriever")
     assert manifest["domains"]["air"]["steps"] == 3
     assert (tmp_path / "out" / "router" / "router.safetensors").is_file()
+
+
+@pytest.mark.slow
+async def test_a_policy_of_router_r1_trains_as_a_job(ray_head: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "replies.jsonl").touch()
+    options = {
+        "policy": str(save_model(tmp_path / "policy", "llama", spread=0.02)),
+        "out": "unused",
+        "questions": {"one": 2, "two": 0},
+        "environment": "replay",
+        "recorded": str(tmp_path / "replies.jsonl"),
+        "steps": 2,
+        "questions_per_step": 1,
+        "rollouts": 2,
+        "turn_tokens": 16,
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(options))
+    arguments = ["--config", str(tmp_path / "config.yaml"), "--out", str(tmp_path / "out"), "--submit"]
+    report = await train(ray_head, *arguments, trainer="router_r1")
+    assert [line["step"] for line in report["curves"]] == [1, 2]
+    assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

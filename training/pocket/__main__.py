@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from training.pocket.fleet import BASE, FLEET, GENERALIST, Member
+from training.pocket.fleet import BASE, FLEET, GENERALIST, POLICY, Member
 from training.pocket.grading import grade, grade_each, sample
 from training.pocket.questions import PocketError
 from training.pocket.skills import SKILLS
@@ -58,10 +58,14 @@ def _grade(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
+    from training.pocket import policy
     from training.pocket.train import RECIPES, train
 
     for name in args.members:
         given = {field: value for field in ("steps", "examples", "lr") if (value := getattr(args, field)) is not None}
+        if name == POLICY:
+            policy.train_policy(args.folder, args.work, args.seed, replace(policy.RECIPE, **given))
+            continue
         recipe = replace(RECIPES[name], **given)
         train(name, args.folder, args.work, args.seed, recipe, from_weights=args.from_weights)
 
@@ -116,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("--each", action="store_true", help="print a JSON line for each response instead")
     sub = command("train", _train, "Train members of the fleet, or go on from their checkpoints.")
-    sub.add_argument("members", nargs="+", choices=(BASE, GENERALIST, *SKILLS), metavar="MEMBER")
+    sub.add_argument("members", nargs="+", choices=(BASE, GENERALIST, POLICY, *SKILLS), metavar="MEMBER")
     _add_folders(sub)
     sub.add_argument("--from-weights", action="store_true", help="go on from the weights in the fleet's folder")
     sub.add_argument("--steps", type=int, help="optimizer steps, instead of the recipe's")

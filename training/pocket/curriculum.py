@@ -18,7 +18,8 @@ def _any_piece(rng: Random) -> str:
     return rng.choice((any_word(rng), any_word(rng).capitalize(), _any_string(rng)))
 
 
-def _copy(rng: Random) -> tuple[str, str]:
+def repetition(rng: Random) -> tuple[str, str]:
+    """A request to say something again, and what is to be said."""
     piece = " ".join(_any_piece(rng) for _ in range(rng.randint(1, 3)))
     return rng.choice(("Repeat after me: {}", "Copy this text: {}", "Say '{}'.", "Write '{}' again.")).format(
         piece
@@ -88,8 +89,8 @@ def _either(rng: Random) -> tuple[str, str]:
 
 
 LESSONS: tuple[Lesson, ...] = (
-    _copy,
-    _copy,
+    repetition,
+    repetition,
     _spell,
     _join,
     _count,

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 FLEET = Path(__file__).resolve().parents[2] / "experts" / "pocket"
 """Where the shipped weights are."""
 
-BASE, GENERALIST = "base", "generalist"
+BASE, GENERALIST, POLICY = "base", "generalist", "policy"
 USD_PER_MILLION_PARAMETERS = 0.1
 """USD per million input tokens that each million of active parameters costs."""
 OUTPUT_PRICE_FACTOR = 4

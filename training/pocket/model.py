@@ -1,10 +1,10 @@
 """The pocket models: tiny Llamas, and what makes them train fast on a CPU.
 
-A model computes in bfloat16 where the CPU has AMX, which multiplies it several times faster than float32 (without AMX
-float32 is the faster one), while the optimizer steps on float32 masters (*Mixed Precision Training*, arXiv
-1710.03740). A low-rank adapter (LoRA, arXiv 2106.09685)
-is trained through the weight it makes, ``W + s B A``: the gradient of that small matrix gives those of ``A`` and
-``B`` exactly, and a step costs no more than one of full training.
+A model computes in bfloat16 where the CPU multiplies it faster than float32 (with AMX several times, with AVX-512's
+bfloat16 twice; without them float32 is the faster one), while the optimizer steps on float32 masters (*Mixed
+Precision Training*, arXiv 1710.03740). A low-rank adapter (LoRA, arXiv 2106.09685) is trained through the weight it
+makes, ``W + s B A``: the gradient of that small matrix gives those of ``A`` and ``B`` exactly, and a step costs no
+more than one of full training.
 """
 
 from pathlib import Path
@@ -27,7 +27,8 @@ SHAPES = {
     "base": {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6},
     "generalist": {"hidden_size": 384, "intermediate_size": 1152, "num_hidden_layers": 4, "num_attention_heads": 12},
 }
-COMPUTE = torch.bfloat16 if torch.cpu.get_capabilities().get("amx_bf16") else torch.float32
+_ABLE = torch.cpu.get_capabilities()
+COMPUTE = torch.bfloat16 if _ABLE.get("amx_bf16") or _ABLE.get("avx512_bf16") else torch.float32
 _ATTENTION = "pocket_training"
 
 

@@ -35,17 +35,23 @@ def whole_words() -> list[str]:
     return sorted({f" {word}" for word in words} | {word for word in words if word[0].isupper()})
 
 
-def build_tokenizer() -> "PreTrainedTokenizerFast":
-    """The tokenizer with its chat template, as ``AutoTokenizer`` will load it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+def build_tokenizer(more_words: Sequence[str] = (), tags: Sequence[str] = ()) -> "PreTrainedTokenizerFast":
+    """The tokenizer with its chat template, as ``AutoTokenizer`` will load it.
+
+    Args:
+        more_words: Words to keep whole beside those of every member, a leading space being part of a word.
+        tags: Texts that are one token wherever they stand; no special tokens: they stay when an answer is decoded.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = [word.replace(" ", "Ġ") for word in whole_words()]
+    words = [word.replace(" ", "Ġ") for word in (*whole_words(), *more_words)]
     vocab = {token: index for index, token in enumerate([*SPECIAL, *letters, *words])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens([AddedToken(tag, normalized=False, special=False) for tag in tags])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,

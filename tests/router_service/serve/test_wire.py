@@ -14,17 +14,24 @@ from experts.errors import (
     ExpertUnavailableError,
     MixingError,
 )
-from experts.expert import ExpertRequest, Part, Usage
+from experts.expert import ExpertRequest, Part, Usage, Work
 from router_service.serve.wire import ACCEPTED, pack_error, pack_part, pack_request, unpack_reply, unpack_request
 
-REQUEST = ExpertRequest(id="a", endpoint="completions", body={"prompt": "héllo", "stop": None, "n": 1}, timeout_s=1.5)
+REQUEST = ExpertRequest(
+    id="a", endpoint="completions", body={"prompt": "héllo", "stop": None, "n": 1}, timeout_s=1.5, tenant="t"
+)
+WORK = Work(
+    queue_s=0.1, first_token_s=0.2, tokens_per_s=9.0, batch_size=2.5, cache_use=0.5, adapter_hits=1, adapter_loads=2
+)
 
 
 def test_requests_cross() -> None:
     assert unpack_request(pickle.loads(pickle.dumps(pack_request(REQUEST)))) == REQUEST
 
 
-@pytest.mark.parametrize("part", [Part(b"{}"), Part(b"", Usage(1, 2, 3)), Part(b"x" * 70_000, Usage())])
+@pytest.mark.parametrize(
+    "part", [Part(b"{}"), Part(b"", Usage(1, 2, 3), work=WORK), Part(b"x" * 70_000, Usage(estimated=True))]
+)
 def test_parts_cross(part: Part) -> None:
     assert unpack_reply(pickle.loads(pickle.dumps(pack_part(part)))) == part
 

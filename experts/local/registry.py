@@ -1,0 +1,158 @@
+"""The adapters and gates of a base, by name: loaded, replaced and unloaded while it serves."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TypeVar
+
+from experts.errors import ExpertConfigError, ExpertRequestError
+from experts.local.lora import read_adapter
+from experts.local.mixture import BASE, Mixture
+from experts.local.model import LocalModel
+from experts.local.pool import Adapter, adapter_of
+from experts.mixing.install import GATE_FILE, load_mixture
+from experts.mixing.install import Mixture as GateMixture
+from experts.mixtures import MixtureName
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+T = TypeVar("T")
+
+_GATE_FILES = (GATE_FILE, *(f"adapters/*/{name}" for name in _ADAPTER_FILES))
+
+
+class AdapterRegistry:
+    """Thread safe. A request keeps the adapters that it found, whatever becomes of their names.
+
+    Those of the fleet file may also be named by the last part of their path, where that is only one's.
+    """
+
+    def __init__(self, model: LocalModel) -> None:
+        self._model = model
+        self._adapters: dict[str, Adapter] = {}
+        self._gates: dict[str, GateMixture] = {}
+        self._short: dict[str, set[str]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters and gates that are loaded."""
+        return [*self._adapters, *self._gates]
+
+    def load(self, name: str, path: str, revision: str | None = None, *, short: bool = False) -> Adapter | None:
+        """Register a PEFT adapter, or a saved mixture with its gate, from a folder, an fsspec URL or the hub.
+
+        It is read and checked first; one of the same name is replaced, and returned if it was an adapter. `short` lets
+        the last part of `path` name it too. Raises `ExpertConfigError`.
+        """
+        with local_copy(path, revision) as folder:
+            if (folder / GATE_FILE).exists():
+                gate, adapter = load_mixture(self._model.linears.skeleton(), folder), None
+            else:
+                weights = read_adapter(folder, self._model.linears)
+                gate, adapter = None, adapter_of(name, weights, self._model.sites.values())
+        with self._lock:
+            replaced = self._remove(name)
+            if adapter is not None:
+                self._adapters[name] = adapter
+            if gate is not None:
+                self._gates[name] = gate
+            if short:
+                self._short.setdefault(path.rstrip("/").rpartition("/")[2], set()).add(name)
+        return replaced
+
+    def unload(self, name: str) -> Adapter | None:
+        """Forget an adapter, which is returned, or a gate. Raises `ExpertConfigError` where there is none."""
+        with self._lock:
+            if name not in self.names:
+                raise ExpertConfigError(f"there is no adapter {name!r}")
+            return self._remove(name)
+
+    def _remove(self, name: str) -> Adapter | None:
+        for short, names in list(self._short.items()):
+            names.discard(name)
+            if not names:
+                del self._short[short]
+        self._gates.pop(name, None)
+        return self._adapters.pop(name, None)
+
+    def mixture(self, wanted: MixtureName, bias: Mapping[str, float]) -> Mixture:
+        """What a mixture's name stands for; `bias` is the request's for its gate. Raises `ExpertRequestError`."""
+        if wanted.gate is not None:
+            return self._gated(wanted.gate, bias)
+        if bias:
+            message = "gate_bias needs a gate: model BASE+gate:NAME"
+            raise ExpertRequestError(message, param="gate_bias", code="invalid_value")
+        if len(wanted.weights) > self._model.pool.slots:
+            message = f"model: {len(wanted.weights)} adapters are mixed, at most {self._model.pool.slots} can be"
+            raise ExpertRequestError(message, param="model", code="invalid_value")
+        found = [(self._find(name, self._adapters), weight) for name, weight in wanted.weights.items()]
+        if len({adapter for adapter, _ in found}) < len(found):
+            raise ExpertRequestError("model: an adapter is named twice", param="model", code="invalid_value")
+        label = "+".join(f"{adapter.name}:{weight:g}" for adapter, weight in found)
+        return Mixture(label, found) if found else BASE
+
+    def _gated(self, name: str, bias: Mapping[str, float]) -> Mixture:
+        gate = self._find(name, self._gates)
+        if unknown := sorted(set(bias) - set(gate.adapters)):
+            message = f"gate_bias: gate {name!r} has no adapter {unknown[0]!r}; it has {', '.join(gate.adapters)}"
+            raise ExpertRequestError(message, param="gate_bias", code="invalid_value")
+        return Mixture(f"gate:{name}", gate=gate, bias=bias)
+
+    def _find(self, name: str, among: Mapping[str, T]) -> T:
+        candidates = [name] if name in among else [full for full in self._short.get(name, ()) if full in among]
+        if len(candidates) == 1 and (found := among.get(candidates[0])) is not None:
+            return found
+        what = "gate" if among is self._gates else "adapter"
+        if candidates:
+            message = f"model: {what} {name[:128]!r} may be {' or '.join(sorted(candidates))}: write it in full"
+        else:
+            message = f"model: there is no {what} {name[:128]!r} on this base"
+        raise ExpertRequestError(message, status=404, param="model", code="model_not_found")
+
+
+@contextmanager
+def local_copy(path: str, revision: str | None) -> Iterator[Path]:
+    """The folder of an adapter or a saved mixture: itself, or a copy of what an fsspec URL or the hub has.
+
+    Raises `ExpertConfigError`.
+    """
+    if "://" in path:
+        with TemporaryDirectory(prefix="adapter-") as folder:
+            _fetch(path, Path(folder))
+            yield Path(folder)
+    elif Path(path).is_absolute():
+        if not Path(path).is_dir():
+            raise ExpertConfigError(f"there is no folder {path!r}")
+        yield Path(path)
+    else:
+        yield _from_hub(path, revision)
+
+
+def _fetch(url: str, folder: Path) -> None:
+    import fsspec
+
+    try:
+        files, root = fsspec.url_to_fs(url)
+        found = [file for pattern in (*_ADAPTER_FILES, *_GATE_FILES) for file in files.glob(f"{root}/{pattern}")]
+        for file in found:
+            target = folder / str(file).removeprefix(root).lstrip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            files.get_file(file, str(target))
+    except (OSError, ValueError, ImportError) as error:
+        raise ExpertConfigError(f"{url!r} cannot be read: {error}") from error
+    if not found:
+        raise ExpertConfigError(f"there is no adapter at {url!r}")
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[*_ADAPTER_FILES, *_GATE_FILES]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        raise ExpertConfigError(f"it cannot be had from the hub: {error}") from error

@@ -1,0 +1,251 @@
+"""Every figure of docs/router_r1.md: ``python -m training.router_r1.results --start FOLDER --work FOLDER``.
+
+Trains what is not in the work folder yet (three seeds without a cost weight, .6, .8, and one without the format's
+reward), measures all on the same held-out questions, and writes docs/results/router-r1.json and its plots.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experts.cards import ExpertCard
+from routers.contracts import Observations
+from routers.registry import create_router, router_names
+from training.evaluation import Bench
+from training.metrics import bootstrap, weighted_mean
+from training.observations import Table, load_table
+from training.pocket.fleet import FLEET, members
+from training.pocket.planner import UNSEEN
+from training.results import RESULTS, write
+from training.router_r1.environment import Environment
+from training.router_r1.measure import Json, figures, interval, play
+from training.router_r1.questions import Asked, pocket_questions
+from training.router_r1.rewards import Rewards
+from training.router_r1.rollout import Episode
+from training.router_r1.spec import RouterR1Spec, read_spec
+from training.router_r1.train import (
+    fleet_cards,
+    limits_of,
+    load_policy,
+    make_environment,
+    outcome_of,
+    read_report,
+    train_policy,
+)
+
+logger = logging.getLogger(__name__)
+
+START = "start"
+RUNS: Mapping[str, Mapping[str, Any]] = {
+    "seed-0": {"seed": 0},
+    "seed-1": {"seed": 1},
+    "seed-2": {"seed": 2},
+    "cost-0.6": {"cost_weight": 0.6},
+    "cost-0.8": {"cost_weight": 0.8},
+    "no-format": {"format_reward": False},
+}
+"""What each run changes of the config."""
+_QUESTIONS_SEED = 1000
+_SAMPLED_SEED = 7
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, measure, write."""
+    parser = argparse.ArgumentParser(prog="python -m training.router_r1.results", description=__doc__)
+    parser.add_argument("--start", type=Path, required=True, help="the policy that was trained on demonstrations alone")
+    parser.add_argument("--work", type=Path, required=True, help="where trained policies are kept")
+    parser.add_argument("--config", type=Path, default=Path("deploy/router_r1/pocket.yaml"))
+    parser.add_argument("--runs", nargs="*", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--questions", type=int, default=300, help="of each kind")
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    spec = read_spec(args.config, policy=str(args.start.resolve()), recorded=str(args.work.resolve() / "replies.jsonl"))
+    for name in args.runs:
+        _train(spec, name, args.work)
+    results = measure_all(spec, args.work, args.runs, args.questions)
+    write("router-r1", results, command="python -m training.router_r1.results --start START --work WORK")
+    plot(results, RESULTS / "router-r1.png")
+
+
+def _train(spec: RouterR1Spec, name: str, work: Path) -> None:
+    out = work.resolve() / name
+    if not out.exists():
+        logger.info("training %s", name)
+        changed = spec.model_copy(update={**RUNS[name], "out": out})
+        train_policy(changed, on_progress=lambda step, done, total: logger.info("%s %s %d/%d", name, step, done, total))
+
+
+def measure_all(spec: RouterR1Spec, work: Path, runs: Sequence[str], count: int) -> Json:
+    """All policies, the start among them, on the same held-out questions; and every router beside them."""
+    questions = pocket_questions(_QUESTIONS_SEED, count, count, "held_out")
+    known = [question for question in questions if question.id not in _ids_of_unseen(questions, spec)]
+    environment = make_environment(spec.model_copy(update={"without": ()}))
+    try:
+        policies = {name: _measured(spec, work, name, questions, known, environment) for name in (START, *runs)}
+        for one in policies.values():
+            one["reward"]["over_start"] = _difference(one["rewards"], policies[START]["rewards"])
+        for one in policies.values():
+            del one["rewards"]
+    finally:
+        environment.close()
+    return {
+        "questions": {"each kind": count, "seed": _QUESTIONS_SEED},
+        "policies": policies,
+        "single_round": single_round(questions),
+    }
+
+
+def _measured(
+    spec: RouterR1Spec,
+    work: Path,
+    name: str,
+    questions: Sequence[Asked],
+    known: Sequence[Asked],
+    environment: Environment,
+) -> Json:
+    logger.info("measuring %s", name)
+    folder = spec.policy if name == START else str(work / name)
+    model, tokenizer = load_policy(spec.model_copy(update={"policy": folder}))
+    model.eval()
+    cards, limits = fleet_cards(spec.model_copy(update={"without": ()})), limits_of(spec)
+    greedy = replace(limits, temperature=0.0)
+
+    def played(asked: Sequence[Asked], shown: Sequence[ExpertCard], limits: Any = greedy) -> list[Episode]:
+        return play(model, tokenizer, asked, shown, environment, limits)
+
+    episodes = played(questions, cards)
+    import torch
+
+    torch.manual_seed(_SAMPLED_SEED)
+    seen = [card for card in cards if card.name not in spec.without]
+    sampled = played(known, seen, limits)
+    # The reward that all are compared by: of answers alone, as in training without a cost weight.
+    rewards = Rewards()([outcome_of(one, question) for one, question in zip(sampled, known, strict=True)])
+    draws = bootstrap(len(rewards))
+    return {
+        "kinds": figures(episodes, questions),
+        "usd_per_1k": round(1e3 * float(np.mean([one.usd for one in episodes])), 6),
+        "right": round(float(np.mean(_rights(episodes, questions))), 4),
+        "reward": {"sampled": interval(weighted_mean(np.asarray(rewards), draws))},
+        "rewards": rewards,
+        "unseen": _unseen(played, cards),
+        **({} if name == START else {"training": _training(work / name)}),
+    }
+
+
+def _training(folder: Path) -> Json:
+    report = read_report(folder)
+    return {"seconds": report["seconds"], "curves": report["curves"]}
+
+
+def _unseen(played: Any, cards: Sequence[ExpertCard]) -> Json:
+    """Questions of the skill whose specialist the policy never saw, with its card and without."""
+    every = pocket_questions(_QUESTIONS_SEED + 1, 1200, 0, "held_out")
+    asked = [question for question in every if question.skills == (UNSEEN,)]
+    expert = f"pocket-{UNSEEN}"
+    found = {}
+    for name, shown in (("with", list(cards)), ("without", [card for card in cards if card.name != expert])):
+        episodes = played(asked, shown)
+        draws = bootstrap(len(asked))
+        called = [float(any(search.expert == expert for search in one.searches)) for one in episodes]
+        found[name] = {
+            "right": interval(weighted_mean(np.asarray(_rights(episodes, asked)), draws)),
+            "called": interval(weighted_mean(np.asarray(called), draws)),
+        }
+    return {"expert": expert, "questions": len(asked), **found}
+
+
+def _rights(episodes: Sequence[Episode], questions: Sequence[Asked]) -> list[float]:
+    return [outcome_of(one, question).quality for one, question in zip(episodes, questions, strict=True)]
+
+
+def _ids_of_unseen(questions: Sequence[Asked], spec: RouterR1Spec) -> set[str]:
+    hidden = {name.removeprefix("pocket-") for name in spec.without}
+    return {question.id for question in questions if hidden & set(question.skills)}
+
+
+def _difference(rewards: Sequence[float], start: Sequence[float]) -> Json:
+    """Of the mean reward, by the paired bootstrap over the questions."""
+    return interval(weighted_mean(np.asarray(rewards) - np.asarray(start), bootstrap(len(rewards))))
+
+
+def single_round(questions: Sequence[Asked]) -> Json:
+    """The frontier of every router that sends a question to one expert, fitted on the shipped table."""
+    shipped = load_table(FLEET)
+    table = Table(cards=shipped.cards, train=shipped.train, test=_answered(questions, shipped.cards))
+    bench = Bench(table)
+    found: Json = {}
+    for name in router_names():
+        if name == "router_retriever":  # routes among encoders
+            continue
+        evaluation = bench.measure_router(create_router(name, {"seed": 0}).fit(table.train))
+        cost, quality = evaluation.frontier.hulls[0]
+        found[name] = {
+            "usd_per_1k": [round(1e3 * float(one), 6) for one in cost],
+            "right": [round(float(one), 4) for one in quality],
+        }
+    return found
+
+
+def _answered(questions: Sequence[Asked], cards: Sequence[ExpertCard]) -> Observations:
+    """What each expert alone does with the questions."""
+    from training.pocket.answers import answers
+
+    by_name = {member.name: member for member in members()}
+    shape = (len(questions), len(cards))
+    quality, cost, read, wrote = (np.zeros(shape, np.float32) for _ in range(4))
+    for column, card in enumerate(cards):
+        logger.info("asking %s", card.name)
+        responses = answers(by_name[card.name], [question.text for question in questions], None)
+        for row, (question, response) in enumerate(zip(questions, responses, strict=True)):
+            quality[row, column] = question.grade(response.text)
+            cost[row, column] = by_name[card.name].cost(response.input_tokens, response.output_tokens)
+            read[row, column], wrote[row, column] = response.input_tokens, response.output_tokens
+    return Observations(
+        ids=[question.id for question in questions],
+        texts=[question.text for question in questions],
+        tasks=[question.kind for question in questions],
+        cards=cards,
+        quality=quality,
+        cost_usd=cost,
+        input_tokens=read,
+        output_tokens=wrote,
+        latency_s=np.full(shape, np.nan, np.float32),
+    )
+
+
+def plot(results: Json, path: Path) -> None:
+    """Curves of the runs, and the policies among the frontiers of single-round routing."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 4), layout="constrained")
+    rewards, broken, frontier = figure.subplots(1, 3)
+    for name, one in results["policies"].items():
+        if "training" in one:
+            lines = one["training"]["curves"]
+            steps = [line["step"] for line in lines]
+            rewards.plot(steps, [line["reward"] for line in lines], label=name)
+            broken.plot(steps, [line["broken"] for line in lines], label=name)
+        frontier.plot(one["usd_per_1k"], one["right"], "*", label=f"router_r1, {name}")
+    for name, one in results["single_round"].items():
+        frontier.plot(one["usd_per_1k"], one["right"], ".-", label=name)
+    for axes, (across, up) in zip(
+        (rewards, broken, frontier),
+        (("step", "reward"), ("step", "broken format"), ("USD for the calls of 1,000 questions", "right")),
+        strict=True,
+    ):
+        axes.set_xlabel(across)
+        axes.set_ylabel(up)
+        axes.legend(fontsize=6)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()
