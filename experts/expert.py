@@ -18,11 +18,15 @@ Endpoint = Literal["chat/completions", "completions", "embeddings"]
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of one call, counted by the expert's tokenizer. `cached_input_tokens` is a part of `input_tokens`."""
+    """Tokens of one call, counted by the expert's tokenizer. `cached_input_tokens` is a part of `input_tokens`.
+
+    `estimated` says that the expert told no numbers, so that these were guessed from its words.
+    """
 
     input_tokens: int = 0
     output_tokens: int = 0
     cached_input_tokens: int = 0
+    estimated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

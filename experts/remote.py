@@ -38,6 +38,7 @@ _FIRST_BACKOFF_S = 0.25
 _MAX_BACKOFF_S = 8.0
 _CHARS_PER_TOKEN = 4
 _DONE = b"[DONE]"
+_NO_WORDS = frozenset({"role", "id", "type", "index", "finish_reason", "logprobs"})
 
 _OUR_FAULT = {
     401: "refuses the key",
@@ -53,7 +54,8 @@ class RemoteExpert:
 
     A call that did not reach the upstream, or was answered with 408, 429 or 5xx, is tried again up to `max_retries`
     times after a random wait that doubles, or as long as `Retry-After` asks, if the time left allows it. Nothing is
-    tried again once an answer has begun. Without a reported usage, four characters are taken for a token.
+    tried again once an answer has begun. Without a reported usage four characters are taken for a token, and the usage
+    is marked as estimated.
     Raises `ExpertConfigError` if the environment variable with the key is not set.
     """
 
@@ -326,8 +328,11 @@ def _choices(reply: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _usage(reply: Mapping[str, Any]) -> Usage | None:
+    """What the reply says of its usage; None where it does not say what was read, or of an answer what was written."""
     usage = reply.get("usage")
-    if not isinstance(usage, dict):
+    if not isinstance(usage, dict) or not isinstance(usage.get("prompt_tokens"), int):
+        return None
+    if "choices" in reply and not isinstance(usage.get("completion_tokens"), int):
         return None
     details = usage.get("prompt_tokens_details")
     input_tokens = _count(usage.get("prompt_tokens"))
@@ -342,7 +347,8 @@ def _count(value: object) -> int:
 def _estimate(body: Mapping[str, Any], reply_chars: int) -> Usage:
     """Usage at four characters a token, where the upstream reports none."""
     asked = body.get("messages") or body.get("prompt") or body.get("input") or ""
-    return Usage(-(-_text_chars(asked) // _CHARS_PER_TOKEN), -(-reply_chars // _CHARS_PER_TOKEN))
+    read, written = (-(-chars // _CHARS_PER_TOKEN) for chars in (_text_chars(asked), reply_chars))
+    return Usage(read, written, estimated=True)
 
 
 def _text_chars(value: object) -> int:
@@ -357,7 +363,18 @@ def _text_chars(value: object) -> int:
 
 
 def _reply_chars(reply: Mapping[str, Any]) -> int:
-    return sum(_text_chars(choice.get("delta") or choice.get("message") or choice) for choice in _choices(reply))
+    """Characters of all that the reply says, calls of tools and reasoning too."""
+    return sum(map(_said_chars, _choices(reply)))
+
+
+def _said_chars(value: object) -> int:
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, list):
+        return sum(map(_said_chars, value))
+    if isinstance(value, dict):
+        return sum(_said_chars(part) for name, part in value.items() if name not in _NO_WORDS)
+    return 0
 
 
 def _error_fields(body: object) -> tuple[str, str | None, str | None]:

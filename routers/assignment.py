@@ -15,15 +15,22 @@ def assign(shares: Floats, value: Floats, price: Floats, budget: float | None) -
     """The expert of each category, int64 [C], of the highest mean `value` [C, E] whose mean `price` [C, E] fits.
 
     `shares` [C] are the categories' shares of the queries. Without a budget each category has its best expert, the
-    cheapest of those that are equal. Raises `RouterConfigError` where nothing fits the budget, saying what would.
+    cheapest of those that are equal. With one, so has a category of share 0, which the mean says nothing of, among the
+    experts that fit the budget by themselves (the cheapest where none does). Raises `RouterConfigError` where nothing
+    fits the budget, saying what would.
     """
     if budget is None:
-        order = np.lexsort((price.T, -value.T), axis=0)
-        return np.asarray(order[0], np.int64)
+        return _best(value, price)
     least = float(shares @ price.min(1))
     if least > budget:
         raise RouterConfigError(f"a budget of {budget:g} is too small: the cheapest table takes {least:g}")
-    return _solve(shares, value, price, budget)
+    fits = price <= np.maximum(budget, price.min(axis=1, keepdims=True))
+    return np.where(shares > 0, _solve(shares, value, price, budget), _best(np.where(fits, value, -np.inf), price))
+
+
+def _best(value: Floats, price: Floats) -> AnyArray:
+    order = np.lexsort((price.T, -value.T), axis=0)
+    return np.asarray(order[0], np.int64)
 
 
 def _solve(shares: Floats, value: Floats, price: Floats, budget: float) -> AnyArray:

@@ -212,6 +212,11 @@ class Strategy(Protocol):
         """The name it is registered by."""
         ...
 
+    @property
+    def most_calls(self) -> int:
+        """How many calls it makes at most, where nothing fails."""
+        ...
+
     def run(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncIterator[Part]:
         """Answer `request` by calling experts of `decision`; the parts go to the client as they come."""
         ...

@@ -123,6 +123,7 @@ class Fallbacks(_Model):
     At most `max_attempts` experts are tried, the chosen one included: after it those of `experts` in that order (as far
     as the request allows them), then as ranked. An attempt has `attempt_timeout_s` to begin its answer (a plain answer
     begins when it is complete); by default half of the time that the request has left, the last attempt all of it.
+    Those that a strategy asks together, or one after the other, are one attempt, with `attempt_timeout_s` for each.
     """
 
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 3

@@ -86,6 +86,7 @@ class Tuned:
     `against` is the target's expert, else the one of the best train mean. `train_quality` is the policy's on train,
     `train_low` what it is at least in 95% of the resamples, both beside the `train_target` they are held against.
     `quality`, `cost_usd_per_1k`, `calls` are the policy's, `difference` and `share_of_cost` are against `against`.
+    `acceptance_error` is the expected calibration error of a cascade's acceptance scores.
     """
 
     policy: Policy
@@ -103,6 +104,7 @@ class Tuned:
     against_cost_usd_per_1k: Interval
     share_of_cost: float
     calls: float
+    acceptance_error: Interval | None
 
     def __str__(self) -> str:
         kept = "kept" if self.kept else "NOT kept (this comes nearest)"
@@ -163,12 +165,14 @@ def tune_policy(
     chosen = candidates[place].model_copy(update={"target": target})
     fitted = create_router(policy.router.name, options).fit(table.train)
     on_test = fitted.estimate([Query(text=text) for text in table.test.texts], table.test.cards)
-    result = play(chosen, decide(chosen, on_test, table.test), table.test)
+    decisions = decide(chosen, on_test, table.test)
+    result = play(chosen, decisions, table.test)
     mean_goal = float(np.nanmean(goal))
     return _measured(
         result,
         table.test,
         against,
+        acceptance_error=acceptance_error(chosen, decisions, table.test),
         policy=chosen,
         kept=bool(least[place] >= 0),
         tried=len(candidates),
@@ -196,6 +200,31 @@ def decide(policy: Policy, estimates: Estimates, observed: Observations) -> list
     return [one(row) for row in range(len(observed))]
 
 
+def acceptance_error(policy: Policy, decisions: Sequence[Decision | None], observed: Observations) -> Interval | None:
+    """The expected calibration error of the scores of all answers that a cascade may accept; None of other strategies.
+
+    Those of a last step are not scored.
+    """
+    if policy.strategy.name != "cascade":
+        return None
+    options = CascadeOptions.model_validate(dict(policy.strategy.options))
+    places = {card.name: e for e, card in enumerate(observed.cards)}
+    pairs = [
+        (
+            _score(candidate, options, _Purse(policy, observed, row), places),
+            observed.quality[row, places[candidate.expert]],
+        )
+        for row, decision in enumerate(decisions)
+        if decision
+        for candidate in cascade_steps(decision, options)[:-1]
+    ]
+    if not np.isfinite([quality for _, quality in pairs]).any():
+        return None
+    scores, qualities = np.array(pairs, np.float64).T
+    draws = metrics.bootstrap(len(pairs), resamples=_RESAMPLES, seed=0)
+    return _interval(metrics.calibration(scores[:, None], qualities[:, None], draws).error)
+
+
 def play(policy: Policy, decisions: Sequence[Decision | None], observed: Observations) -> Played:
     """What `policy` (`single` or `cascade`) would have done with the queries of `observed`, within its ceilings."""
     cascade = (
@@ -209,7 +238,9 @@ def play(policy: Policy, decisions: Sequence[Decision | None], observed: Observa
             continue
         purse = _Purse(policy, observed, row)
         if cascade:
-            rows.append(_play_cascade(cascade_steps(decision, cascade), cascade, purse, places))
+            steps = cascade_steps(decision, cascade)
+            others = [one for one in decision.ranking if one not in steps][: policy.fallbacks.max_attempts - 1]
+            rows.append(_play_cascade(steps, others, cascade, purse, places))
         else:
             rows.append(_play_single(decision.ranking[: policy.fallbacks.max_attempts], purse, places))
     quality, cost, calls = np.array(rows, np.float64).T
@@ -271,9 +302,16 @@ def _play_single(ranking: Sequence[Candidate], purse: _Purse, places: Mapping[st
 
 
 def _play_cascade(
-    steps: Sequence[Candidate], options: CascadeOptions, purse: _Purse, places: Mapping[str, int]
+    steps: Sequence[Candidate],
+    others: Sequence[Candidate],
+    options: CascadeOptions,
+    purse: _Purse,
+    places: Mapping[str, int],
 ) -> tuple[float, float, float]:
-    """The first answer accepted, or the last step's; where that may not be asked, the best of those rejected."""
+    """The first answer accepted, or the last step's; where that may not be asked, the best of those rejected.
+
+    Where no step may be asked, the first of the `others` that may answers.
+    """
     rejected: list[tuple[float, float]] = []
     for candidate in steps:
         place = places[candidate.expert]
@@ -282,14 +320,24 @@ def _play_cascade(
             continue
         if np.isnan(quality):
             return _NOT_OBSERVED
-        score = options.acceptance.score(candidate.quality, purse.confidence(place))
+        score = _score(candidate, options, purse, places)
         if score >= options.threshold or candidate is steps[-1]:
             return purse.paid(quality)
         rejected.append((score, quality))
-    return purse.paid(max(rejected, key=lambda found: found[0])[1] if rejected else 0.0)
+    if not rejected:
+        return _play_single(others, purse, places)
+    return purse.paid(max(rejected, key=lambda found: found[0])[1])
+
+
+def _score(candidate: Candidate, options: CascadeOptions, purse: _Purse, places: Mapping[str, int]) -> float:
+    """How likely the cascade thinks that the candidate's answer is right."""
+    confidence = purse.confidence(places[candidate.expert]) if options.logprobs else None
+    return options.acceptance.score(candidate.quality, confidence)
 
 
 def _candidates(policy: Policy, train: Observations, acceptance: Acceptance) -> Iterator[Policy]:
+    silent = policy.strategy.name == "cascade" and policy.strategy.options.get("logprobs") is False
+    kept = {"logprobs": False} if silent else {}
     objectives = [Objective(quality=worth, cost=1, latency=policy.objective.latency) for worth in _WORTHS]
     for objective in objectives:
         yield _with(policy, objective, StrategyChoice(name="single"))
@@ -302,7 +350,7 @@ def _candidates(policy: Policy, train: Observations, acceptance: Acceptance) -> 
     shapes += [(objective, {"steps": steps}) for objective in objectives[::3] for steps in _STEPS]
     for objective, shape in shapes:
         for threshold in _THRESHOLDS:
-            options = {**shape, "threshold": threshold, "acceptance": acceptance.model_dump()}
+            options = {**shape, **kept, "threshold": threshold, "acceptance": acceptance.model_dump()}
             yield _with(policy, objective, StrategyChoice(name="cascade", options=options))
 
 

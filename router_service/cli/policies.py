@@ -100,8 +100,10 @@ def tune(
       router-service policies tune deploy/policies/cascade.yaml --observations experts/pocket --strategy cascade
       --against pocket-generalist --within -.02
     """
+    from pydantic import TypeAdapter, ValidationError
+
     from router_service.cli.progress import steps
-    from routers.policy import Target, load_policy
+    from routers.policy import Name, Target, load_policy
     from training.observations import load_table
     from training.tune_policy import NOT_PLAYED, STRATEGIES, policy_text, to_json, tune_policy
 
@@ -112,6 +114,16 @@ def tune(
         raise CommandError("--against is whose quality --within is about: it does not go with --quality", status=2)
     if against and within is None:
         within = _WITHIN
+
+    if within is not None and quality is not None:
+        raise CommandError("--within and --quality are two targets: give one of them", status=2)
+    if quality == 0:
+        raise CommandError("--quality must be above 0, which any answer keeps", status=2)
+    try:
+        TypeAdapter(Name).validate_python(written.stem if written else "p")
+    except ValidationError as error:
+        message = f"--out names the policy by its file: {error.errors()[0]['msg']}, as in my-policies/thrifty.yaml"
+        raise CommandError(message, status=2) from error
 
     started = load_policy(policy)
     given = Target(within=within, quality=quality, expert=against) if (within, quality) != (None, None) else None
@@ -149,6 +161,8 @@ def _show_tuned(tuned: Tuned) -> None:
         found = getattr(tuned, name)
         table.add_row(name, f"{found.value:.4f}", f"{found.low:.4f} to {found.high:.4f}")
     table.add_row("calls", f"{tuned.calls:.2f}", "")
+    if error := tuned.acceptance_error:
+        table.add_row("calibration error of the score", f"{error.value:.4f}", f"{error.low:.4f} to {error.high:.4f}")
     out.print(table)
     for name, why in tuned.not_tried.items():
         out.print(f"Not tried: {name}, for {why}.", soft_wrap=True)

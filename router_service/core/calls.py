@@ -74,7 +74,7 @@ class Caller:
 
     `ceiling_usd` stops further calls once so much is spent; `ceilings.cost_usd` is never exceeded
     (`routers.ceilings`). Under it a whole answer is asked for as a stream too, so that one without an end is seen to
-    grow, and can be ended.
+    grow, and can be ended. A call that no ceiling lets be sent is recorded, and counts as none.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class Caller:
         self._ceiling_usd = ceiling_usd
         self._most_calls = ceilings.calls if ceilings else None
         self._cost = CostCeiling(ceilings.cost_usd) if ceilings and ceilings.cost_usd else None
+        self._sent = 0
         self._opened: list[AsyncGenerator[Part]] = []
 
     def __call__(self, expert: str, request: ExpertRequest, *, why: str) -> AsyncIterator[Part]:
@@ -149,10 +150,13 @@ class Caller:
             if self._cost:
                 opened.grant, opened.request = self._cost.grant(lane.card, opened.request)
             opened.sent = True
+            self._sent += 1
             yield opened
         except ExpertError as error:
             free = not record.parts and not isinstance(error, ExpertTimeoutError)
             _note(record, error)
+            if not opened.sent and record.outcome == "error":
+                record.outcome = "not_sent"
             raise
         except GeneratorExit:
             _cut_off(opened)
@@ -172,9 +176,9 @@ class Caller:
         lane = self._lanes.get(expert)
         if lane is None:
             raise ExpertUnavailableError(f"there is no expert {expert!r}")
-        if self._ceiling_usd is not None and self._trace.calls and self._trace.cost_usd >= self._ceiling_usd:
+        if self._ceiling_usd is not None and self._sent and self._trace.cost_usd >= self._ceiling_usd:
             raise ExpertUnavailableError(f"the policy's ceiling of {self._ceiling_usd} USD a request is reached")
-        if self._most_calls is not None and len(self._trace.calls) >= self._most_calls:
+        if self._most_calls is not None and self._sent >= self._most_calls:
             raise ExpertUnavailableError(f"the policy's ceiling of {self._most_calls} calls a request is reached")
         lane.enter()
         record = CallRecord(expert, why)
@@ -185,14 +189,15 @@ class Caller:
         record, card, grant = opened.record, opened.lane.card, opened.grant
         opened.lane.leave()
         record.latency_s = time.perf_counter() - opened.started
-        record.estimated = opened.usage is None
         record.usage = opened.usage or _guess(opened)
+        record.estimated = record.usage.estimated
         record.cost_usd = card.cost(record.usage)
         if self._cost and grant:
             self._cost.settle(grant, None if record.estimated else record.cost_usd)
             if record.cost_usd > grant.usd:
                 _note_excess(record, grant.usd)
-        self._metrics.count_call(record)
+        if opened.sent:
+            self._metrics.count_call(record)
 
     def _check_cost(self, opened: _Open, part: Part) -> None:
         if self._cost and opened.grant and part.data and not self._cost.take(opened.grant, opened.lane.card, part.data):
@@ -234,7 +239,7 @@ def _guess(opened: _Open) -> Usage:
     else:
         bound = ASSUMED_OUTPUT if query.max_output_tokens is None else query.max_output_tokens
         written = 0 if record.parts else bound * query.choices
-    return Usage(input_tokens=query.input_tokens, output_tokens=written)
+    return Usage(input_tokens=query.input_tokens, output_tokens=written, estimated=True)
 
 
 def _cut_off(opened: _Open) -> None:

@@ -23,7 +23,7 @@ from router_service.errors import StateError, UnavailableError
 from router_service.state.ledger import LEDGER
 from routers.ceilings import ASSUMED_OUTPUT
 from routers.contracts import Decision, Query
-from routers.policy import check_able
+from routers.policy import Ceilings, check_able
 from routers.query import query_from_body
 
 logger = logging.getLogger(__name__)
@@ -129,10 +129,14 @@ class Exchange:
         output = bound * query.choices
         usage = Usage(input_tokens=query.input_tokens, output_tokens=output)
         cards = self.plan.cards if self.plan else [self._service.cards[cast("str", self.expert)]]
+        ceilings = self.plan.policy.ceilings if self.plan else Ceilings()
+        calls = self.plan.strategy.most_calls if self.plan else 1
+        calls = min(calls, ceilings.calls or calls)
+        cost_usd = calls * max(card.cost(usage) for card in cards)
         return await self._service.admission.admit(
             self._ask.key,
-            tokens=query.input_tokens + output,
-            cost_usd=max(card.cost(usage) for card in cards),
+            tokens=calls * (query.input_tokens + output),
+            cost_usd=min(cost_usd, ceilings.cost_usd or cost_usd),
             policy=self.trace.policy,
             policy_usd_per_day=self.plan.policy.usd_per_day if self.plan else None,
         )

@@ -13,10 +13,11 @@ from routers.contracts import Candidate, Decision
 class CallRecord:
     """One call of one expert. Times are seconds, cost is USD.
 
-    `outcome` tells whose fault an `error` is: the request was `refused` (the client's), the call was `cut_off` (nobody
-    waits for it any more), or the expert failed.
+    `outcome` tells whose fault an `error` is: the request was `refused` (the client's), the call was `not_sent` (no
+    ceiling or time was left for it), it was `cut_off` (nobody waits for it any more), or the expert failed.
     `asked` is the last message, where it is not the client's own (a strategy wrote it) and the ledger may keep texts.
-    `estimated` says that the expert never told its usage (the call was cut off), so that it was counted from outside.
+    `estimated` says that the expert never told its usage (the call was cut off, or its API tells none), so that it was
+    counted from outside.
     """
 
     expert: str
@@ -27,7 +28,7 @@ class CallRecord:
     first_part_s: float | None = None
     parts: int = 0
     estimated: bool = False
-    outcome: Literal["ok", "refused", "cut_off", "error"] = "ok"
+    outcome: Literal["ok", "refused", "not_sent", "cut_off", "error"] = "ok"
     error: str | None = None
     asked: str | None = None
 

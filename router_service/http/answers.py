@@ -103,7 +103,7 @@ def answer_headers(exchange: Exchange) -> list[tuple[bytes, bytes]]:
     headers = {"x-request-id": trace.request_id, "x-router-id": trace.id, **exchange.reservation.headers}
     if trace.expert:
         headers["x-router-expert"] = ", ".join(dict.fromkeys(trace.routed)) or trace.expert
-        headers["x-router-attempts"] = str(len(trace.calls))
+        headers["x-router-attempts"] = str(sum(call.outcome != "not_sent" for call in trace.calls))
     if trace.cache != "off":
         headers["x-router-cache"] = trace.cache
     if trace.policy:

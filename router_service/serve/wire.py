@@ -24,7 +24,7 @@ Request: TypeAlias = tuple[str, str, bytes, float, str]
 
 Reply: TypeAlias = (
     tuple[Literal["accepted"]]
-    | tuple[Literal["part"], bytes, tuple[int, int, int] | None, tuple[Any, ...] | None]
+    | tuple[Literal["part"], bytes, tuple[int, int, int, bool] | None, tuple[Any, ...] | None]
     | tuple[Literal["error"], str, str, dict[str, Any]]
 )
 """`accepted` comes first and says that a replica has the request; then parts, or an error in their place."""
@@ -54,7 +54,7 @@ def unpack_request(request: Request) -> ExpertRequest:
 def pack_part(part: Part) -> Reply:
     """A part for the wire."""
     usage = part.usage
-    counts = (usage.input_tokens, usage.output_tokens, usage.cached_input_tokens) if usage else None
+    counts = (usage.input_tokens, usage.output_tokens, usage.cached_input_tokens, usage.estimated) if usage else None
     return "part", part.data, counts, astuple(part.work) if part.work else None
 
 

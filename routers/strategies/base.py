@@ -43,6 +43,16 @@ class BaseStrategy(ABC, Generic[OptionsT]):
         """How many calls it needs to be what it is, where nothing fails."""
         return 1
 
+    @property
+    def most_calls(self) -> int:
+        """How many calls it makes at most, where nothing fails: what is reserved before it is decided whom to ask."""
+        return self.least_calls
+
+    def attempt_s(self, left: float) -> float:
+        """Seconds that one attempt has, of those that are `left`."""
+        own = self.fallbacks.attempt_timeout_s
+        return left if own is None else min(left, own)
+
     @abstractmethod
     def run(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncIterator[Part]:
         """Answer `request` by calling experts of `decision`."""

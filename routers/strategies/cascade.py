@@ -19,17 +19,17 @@ from experts.errors import ExpertError
 from experts.expert import ExpertRequest, Part
 from routers.contracts import Call, Candidate, Decision
 from routers.strategies.acceptance import Acceptance
-from routers.strategies.base import BaseStrategy, StrategyOptions
+from routers.strategies.base import StrategyOptions
 from routers.strategies.chosen import chosen, last_word
-from routers.strategies.replies import Ask, Reply, check_one_choice, collect
+from routers.strategies.replies import Ask, Reply, collect
+from routers.strategies.several import SeveralStrategy
 from routers.strategies.single import all_failed, another_may
 
 
 class CascadeOptions(StrategyOptions):
     """The steps: all of `experts` in that order, else the first `steps` of the ranking, cheapest first.
 
-    `logprobs`: ask experts for their tokens' probabilities, which `acceptance` reads. Switch it off where experts
-    refuse to tell them.
+    `logprobs`: ask experts whose card has that feature for their tokens' probabilities, which `acceptance` reads.
     """
 
     experts: Annotated[tuple[str, ...], Field(max_length=10)] = ()
@@ -54,7 +54,7 @@ def cascade_steps(decision: Decision, options: CascadeOptions) -> Sequence[Candi
     return sorted(decision.ranking[: options.steps], key=lambda candidate: candidate.cost_usd)
 
 
-class CascadeStrategy(BaseStrategy[CascadeOptions]):
+class CascadeStrategy(SeveralStrategy[CascadeOptions]):
     """Cheapest first, accepted by a calibrated score."""
 
     name = "cascade"
@@ -65,13 +65,17 @@ class CascadeStrategy(BaseStrategy[CascadeOptions]):
         """Those named as steps."""
         return frozenset(self.options.experts)
 
-    async def run(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncGenerator[Part, None]:
+    @property
+    def most_calls(self) -> int:
+        """Every step."""
+        return len(self.options.experts) or self.options.steps
+
+    async def answer(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncGenerator[Part, None]:
         """The parts of the first answer accepted, or of the last step's.
 
         A step that fails is passed over; where the last one fails, the rejected answer of the highest score is better
         than none. Raises `ExpertError` where nobody answered.
         """
-        check_one_choice(request)
         steps = cascade_steps(decision, self.options)
         state = _State(deadline=asyncio.get_running_loop().time() + request.timeout_s)
         for candidate in steps[:-1]:
@@ -87,10 +91,12 @@ class CascadeStrategy(BaseStrategy[CascadeOptions]):
     async def _try(self, candidate: Candidate, request: ExpertRequest, call: Call, state: _State) -> Reply | None:
         """One step's reply with its score; None where it failed. A step has half of the time that is left."""
         now = asyncio.get_running_loop().time()
-        body = {**request.body, "logprobs": True} if self._adds_logprobs(request) else request.body
+        adds = self._adds_logprobs(request) and "logprobs" in candidate.card.features
+        body = {**request.body, "logprobs": True} if adds else request.body
         ask = Ask(expert=candidate.expert, body=body, why=f"cascade: {state.last}")
         try:
-            reply = await collect(call, ask, request, by=now + (state.deadline - now) / 2)
+            by = now + self.attempt_s((state.deadline - now) / 2)
+            reply = await collect(call, ask, request, by=by)
         except ExpertError as error:
             if not another_may(error):
                 raise
@@ -107,7 +113,8 @@ class CascadeStrategy(BaseStrategy[CascadeOptions]):
         ask = Ask(expert=candidate.expert, body=request.body, why=f"cascade, last step: {state.last}")
         begun = False
         try:
-            async with aclosing(last_word(decision, replace(request, timeout_s=left), call, ask)) as parts:
+            last = last_word(decision, replace(request, timeout_s=left), call, ask, begin_s=self.attempt_s(left))
+            async with aclosing(last) as parts:
                 async for part in parts:
                     begun = True
                     yield part

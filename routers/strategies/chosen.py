@@ -20,13 +20,16 @@ def chosen(decision: Decision, experts: Sequence[str]) -> list[Candidate]:
     return [ranked[expert] for expert in experts if expert in ranked] or [decision.ranking[0]]
 
 
-async def last_word(decision: Decision, request: ExpertRequest, call: Call, ask: Ask) -> AsyncGenerator[Part, None]:
+async def last_word(
+    decision: Decision, request: ExpertRequest, call: Call, ask: Ask, *, begin_s: float
+) -> AsyncGenerator[Part, None]:
     """The parts of one expert's answer: as they come for a client that streams, else put together at the end.
 
-    Raises `ExpertError`, as `single` does without a fallback.
+    It has `begin_s` seconds to begin, and a whole answer begins when it is complete. Raises
+    `ExpertError`, as `single` does without a fallback.
     """
     if not request.stream:
-        by = asyncio.get_running_loop().time() + request.timeout_s
+        by = asyncio.get_running_loop().time() + begin_s
         for part in (await collect(call, ask, request, by=by)).for_client(request, logprobs=False):
             yield part
         return
@@ -35,7 +38,9 @@ async def last_word(decision: Decision, request: ExpertRequest, call: Call, ask:
         return call(expert, request, why=ask.why)
 
     only = replace(decision, ranking=[candidate for candidate in decision.ranking if candidate.expert == ask.expert])
-    parts = SingleStrategy(Fallbacks(max_attempts=1)).run(only, replace(request, body=ask.body), named)
+    parts = SingleStrategy(Fallbacks(max_attempts=1, attempt_timeout_s=begin_s)).run(
+        only, replace(request, body=ask.body), named
+    )
     async with aclosing(parts):
         async for part in parts:
             yield replace(part, expert=ask.expert)

@@ -20,9 +20,10 @@ from experts.errors import ExpertError
 from experts.expert import ExpertRequest, Part
 from routers.contracts import Call, Candidate, Decision
 from routers.strategies.aggregation import PROMPT, aggregation_body
-from routers.strategies.base import BaseStrategy, StrategyOptions
+from routers.strategies.base import StrategyOptions
 from routers.strategies.chosen import chosen, last_word
-from routers.strategies.replies import Ask, Reply, check_one_choice, collect_all
+from routers.strategies.replies import Ask, Reply, collect_all
+from routers.strategies.several import SeveralStrategy
 from routers.strategies.single import all_failed, another_may
 from routers.strategies.vote import sampled
 
@@ -63,19 +64,18 @@ class SelfMoaOptions(AggregationOptions):
 OptionsT = TypeVar("OptionsT", bound=AggregationOptions)
 
 
-class _Aggregating(BaseStrategy[OptionsT]):
+class _Aggregating(SeveralStrategy[OptionsT]):
     """What both have in common: propose, then aggregate. A subclass says who is asked what."""
 
     def _asks(self, decision: Decision, request: ExpertRequest) -> list[Ask]:
         raise NotImplementedError
 
-    async def run(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncGenerator[Part, None]:
+    async def answer(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncGenerator[Part, None]:
         """The aggregator's answer, as it comes.
 
         Proposals that fail or are late are left out. Where the aggregator fails before it has begun, the proposal that
         most agree on is the answer. Raises `ExpertError` where nobody proposed anything.
         """
-        check_one_choice(request)
         deadline = asyncio.get_running_loop().time() + request.timeout_s
         proposals = await self._propose(decision, request, call)
         if len({proposal.key for proposal in proposals}) == 1:
@@ -90,7 +90,7 @@ class _Aggregating(BaseStrategy[OptionsT]):
 
     async def _propose(self, decision: Decision, request: ExpertRequest, call: Call) -> list[Reply]:
         """The proposals in the order of their asks, not of their coming."""
-        by = asyncio.get_running_loop().time() + request.timeout_s * _PROPOSALS_SHARE
+        by = asyncio.get_running_loop().time() + self.attempt_s(request.timeout_s * _PROPOSALS_SHARE)
         asks = self._asks(decision, request)
         found: dict[int, Reply] = {}
         failures: dict[str, ExpertError] = {}
@@ -113,7 +113,8 @@ class _Aggregating(BaseStrategy[OptionsT]):
         why = f"aggregates {len(proposals)} proposals"
         ask, begun = Ask(expert=self._aggregator(decision).expert, body=body, why=why), False
         try:
-            async with aclosing(last_word(decision, request, call, ask)) as parts:
+            last = last_word(decision, request, call, ask, begin_s=self.attempt_s(request.timeout_s))
+            async with aclosing(last) as parts:
                 async for part in parts:
                     begun = True
                     yield part

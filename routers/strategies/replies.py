@@ -182,10 +182,16 @@ class Ask:
 
 
 def check_one_choice(request: ExpertRequest) -> None:
-    """Raise `ExpertRequestError` where the client wants several choices of what a strategy makes one answer of."""
+    """Raise `ExpertRequestError` where the client wants several choices of what a strategy makes one answer of.
+
+    Several prompts are several answers, and one of token ids is for one tokenizer, not for several experts.
+    """
     if request.body.get("n") not in (None, 1):
         message = "this policy's strategy makes one answer of several: 'n' must be 1"
         raise ExpertRequestError(message, param="n", code="unsupported_value")
+    if request.endpoint == "completions" and not isinstance(request.body.get("prompt", ""), str):
+        message = "this policy's strategy makes one answer to one text: 'prompt' must be a string, not a list"
+        raise ExpertRequestError(message, param="prompt", code="unsupported_value")
 
 
 def as_stream(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from experts.errors import ExpertError
 from experts.expert import ExpertRequest, Part
 from routers.contracts import Call, Candidate, Decision
 from routers.strategies.acceptance import log_odds
-from routers.strategies.base import BaseStrategy, StrategyOptions
+from routers.strategies.base import StrategyOptions
 from routers.strategies.chosen import chosen
-from routers.strategies.replies import Ask, Reply, check_one_choice, collect_all, normalised
+from routers.strategies.replies import Ask, Reply, collect_all, normalised
+from routers.strategies.several import SeveralStrategy
 from routers.strategies.single import all_failed, another_may
 
 _LEAST_WEIGHT = 0.05
@@ -53,7 +54,7 @@ class VoteOptions(StrategyOptions):
         return value
 
 
-class VoteStrategy(BaseStrategy[VoteOptions]):
+class VoteStrategy(SeveralStrategy[VoteOptions]):
     """Majority by normalised answer; ties go to the answer of the expert ranked highest."""
 
     name = "vote"
@@ -67,12 +68,16 @@ class VoteStrategy(BaseStrategy[VoteOptions]):
     @property
     def least_calls(self) -> int:
         """Two votes may agree already."""
-        return min(2, self.options.samples * (len(self.options.experts) or self.options.voters))
+        return min(2, self.most_calls)
 
-    async def run(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncGenerator[Part, None]:
+    @property
+    def most_calls(self) -> int:
+        """Every vote."""
+        return self.options.samples * (len(self.options.experts) or self.options.voters)
+
+    async def answer(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncGenerator[Part, None]:
         """The parts of the answer of the highest-ranked expert among the majority. Raises `ExpertError` without any."""
-        check_one_choice(request)
-        deadline = asyncio.get_running_loop().time() + request.timeout_s
+        deadline = asyncio.get_running_loop().time() + self.attempt_s(request.timeout_s)
         candidates = self._voters(decision)
         voters = candidates * self.options.samples
         asks = [self._ask(voter, request, number) for number, voter in enumerate(voters)]

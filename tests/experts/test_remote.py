@@ -121,7 +121,22 @@ async def test_usage_is_not_asked_for_where_the_fleet_says_so(make: Make, upstre
 @pytest.mark.parametrize(("stream", "output"), [(False, 1), (True, 2)])
 async def test_usage_is_estimated_where_none_is_reported(make: Make, stream: bool, output: int) -> None:
     parts = await run(make("no-usage"), ask(stream=stream))
-    assert parts[-1].usage == Usage(2, output)
+    assert parts[-1].usage == Usage(2, output, estimated=True)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_calls_of_tools_count_in_an_estimate(stream: bool) -> None:
+    said = {"tool_calls": [{"index": 0, "id": "x", "function": {"name": "f", "arguments": "y" * 3999}}]}
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        choice = {"index": 0, "delta" if stream else "message": said, "finish_reason": "tool_calls"}
+        data = orjson.dumps({"id": "1", "choices": [choice], "usage": {}})
+        return httpx.Response(200, content=b"data: %s\n\n" % data if stream else data)
+
+    transport = httpx.MockTransport(answer)
+    source = {"base_url": "https://far.example/v1/", "model": "m"}
+    expert = RemoteExpert(FleetEntry(name="far", remote=source), Shared(transport, transport.aclose))
+    assert (await run(expert, ask(stream=stream)))[-1].usage == Usage(2, 1000, estimated=True)
 
 
 async def test_embeddings(make: Make) -> None:

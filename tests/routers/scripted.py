@@ -54,12 +54,16 @@ class FakeFleet:
         return [expert for expert, _, _ in self.calls]
 
 
+def _card(name: str) -> ExpertCard:
+    return ExpertCard(name=name, context_length=8192 if name.isupper() else 4096, features=frozenset({"logprobs"}))
+
+
 def decision(*experts: str) -> Decision:
-    """Experts in this order; what is in capitals has a longer context."""
+    """Experts in this order, all with the feature `logprobs`; what is in capitals has a longer context."""
     ranking = [
         Candidate(expert=e, card=card, context_length=card.context_length, score=1, quality=1, cost_usd=0, latency_s=0)
         for e in experts
-        for card in [ExpertCard(name=e, context_length=8192 if e.isupper() else 4096)]
+        for card in [_card(e)]
     ]
     return Decision(policy="p", router="r", strategy="single", ranking=ranking)
 

@@ -209,6 +209,14 @@ def test_the_assignment_is_exact() -> None:
     assert weight[chosen == 1].sum() <= room
 
 
+def test_a_category_without_queries_has_the_best_expert_that_fits_the_budget_by_itself() -> None:
+    shares = np.array([1.0, 0.0, 0.0, 0.0])
+    value = np.array([[0.2, 0.5, 0.9], [0.1, 0.6, 0.9], [0.1, 0.9, 0.2], [0.1, 0.9, 0.9]])
+    price = np.array([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0], [1.0, 2.0, 2.0], [4.0, 5.0, 6.0]])
+    assert assign(shares, value, price, 2.5).tolist() == [1, 1, 1, 0]
+    assert assign(shares, value[:, ::-1], price[:, ::-1], 2.5).tolist() == [1, 1, 1, 2]
+
+
 def test_without_a_budget_the_cheapest_of_the_best() -> None:
     value, price = np.array([[0.5, 0.9, 0.9], [0.7, 0.1, 0.2]]), np.array([[1.0, 3.0, 2.0], [1.0, 1.0, 1.0]])
     assert assign(np.array([0.5, 0.5]), value, price, None).tolist() == [2, 0]

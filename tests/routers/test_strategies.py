@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from experts.cards import ExpertCard
 from experts.errors import ExpertRequestError, ExpertTimeoutError, ExpertUnavailableError
 from experts.expert import ExpertRequest, Part
 from routers.contracts import Decision
@@ -24,6 +25,7 @@ from tests.routers.scripted import (
     END,
     ROLE,
     STOP,
+    WHOLE,
     FakeFleet,
     Step,
     chunk,
@@ -63,9 +65,10 @@ def ranked(**numbers: tuple[float, float]) -> Decision:
 
 async def run(
     strategy: str, fleet: FakeFleet, made: Decision | None = None, *, stream: bool = False, timeout_s: float = 5.0,
-    body: Mapping[str, Any] | None = None, **options: Any,
+    body: Mapping[str, Any] | None = None, fallbacks: Mapping[str, Any] | None = None, **options: Any,
 ) -> list[Part]:  # fmt: skip
-    policy = Policy.model_validate({"name": "p", "strategy": {"name": strategy, "options": options}})
+    choice = {"name": strategy, "options": options}
+    policy = Policy.model_validate({"name": "p", "strategy": choice, "fallbacks": fallbacks or {}})
     asked = request(stream=stream, timeout_s=timeout_s)
     given = {"messages": [{"role": "user", "content": "What is 4 + 5?"}], "stream": stream}
     asked = replace(asked, body={**given, **(body or {})})
@@ -101,6 +104,16 @@ async def test_the_client_sees_no_logprobs_it_did_not_ask_for() -> None:
         assert not any(json.loads(part.data)["choices"][0].get("logprobs") for part in parts if part.data)
     (whole,) = await run("cascade", fleet, body={"logprobs": True}, **STRICT)
     assert len(json.loads(whole.data)["choices"][0]["logprobs"]["content"]) == 1
+
+
+async def test_logprobs_are_asked_of_those_whose_card_has_them() -> None:
+    made = decision("small", "large", "last")
+    lacking = replace(made.ranking[0], card=ExpertCard(name="small"))
+    fleet = KeepingFleet(**{name: says("9", probability=0.1) for name in ("small", "large", "last")})
+    await run("cascade", fleet, replace(made, ranking=[lacking, *made.ranking[1:]]), threshold=1.0)
+    assert [body.get("logprobs") for body in fleet.bodies] == [None, True, None]
+    await run("cascade", fleet, made, threshold=1.0, logprobs=False)
+    assert [body.get("logprobs") for body in fleet.bodies[3:]] == [None, None, None]
 
 
 async def test_an_unsure_answer_goes_on_to_the_next_and_the_last_is_streamed() -> None:
@@ -414,6 +427,69 @@ async def test_a_late_call_that_will_not_close_is_left(monkeypatch: pytest.Monke
 async def test_one_choice_alone(strategy: str) -> None:
     with pytest.raises(ExpertRequestError, match="'n' must be 1"):
         await run(strategy, FakeFleet(a=says("9")), body={"n": 2})
+
+
+TWO: dict[str, dict[str, Any]] = {
+    "cascade": {"steps": 2},
+    "vote": {"voters": 2},
+    "mixture_of_agents": {"proposers": 2},
+    "self_moa": {"samples": 2, "expert": "b"},
+}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("strategy", TWO)
+async def test_where_nobody_answered_the_others_are_asked(strategy: str, stream: bool) -> None:
+    dead = {name: [DEAD] for name in "abc"}
+    answers = says("nine") if stream else [WHOLE]
+    made = decision("a", "b", "c", "d") if strategy != "self_moa" else decision("b", "c", "d")
+    fleet = FakeFleet(**dead, d=answers)
+    text, _ = await said(strategy, fleet, made, stream=stream, **TWO[strategy])
+    assert text == ("nine" if stream else "four")
+    assert fleet.called[-2:] == ["c", "d"]
+    assert [why.partition(" failed: ")[0] for _, why, _ in fleet.calls[-2:]] == [f"fallback: {strategy}", "fallback: c"]
+
+    for attempts, asked in ((1, ["b"]), (2, ["b", "c"])):
+        fleet = FakeFleet(**dead, d=answers)
+        with pytest.raises(ExpertUnavailableError, match="connection lost"):
+            await run(strategy, fleet, made, fallbacks={"max_attempts": attempts}, **TWO[strategy])
+        assert list(dict.fromkeys(fleet.called))[-len(asked) :] == asked
+
+
+@pytest.mark.parametrize("strategy", TWO)
+async def test_an_attempt_has_its_own_time(strategy: str) -> None:
+    made = decision("a", "b", "c") if strategy != "self_moa" else decision("b", "c")
+    fleet = FakeFleet(a=[3600.0], b=[3600.0], c=[WHOLE])
+    patient = {"fallbacks": {"attempt_timeout_s": 0.05}, "timeout_s": 3600.0}
+    async with asyncio.timeout(60):
+        assert (await said(strategy, fleet, made, **patient, **TWO[strategy]))[0] == "four"
+
+
+async def test_an_aggregator_has_an_attempts_time_to_begin() -> None:
+    fleet = FakeFleet(a=says("8"), b=says("9"), c=[3600.0])
+    patient = {"fallbacks": {"attempt_timeout_s": 0.2}, "timeout_s": 3600.0}
+    for stream in (False, True):
+        async with asyncio.timeout(60):
+            answer = await said("mixture_of_agents", fleet, aggregator="c", proposers=2, stream=stream, **patient)
+        assert answer == ("8", "a")
+
+
+async def test_a_request_at_fault_is_asked_of_nobody_else() -> None:
+    fleet = FakeFleet(a=[ExpertRequestError("temperature is too high")], b=says("nine"))
+    with pytest.raises(ExpertRequestError, match="temperature"):
+        await run("vote", fleet, voters=1)
+    assert fleet.called == ["a"]
+
+
+@pytest.mark.parametrize("strategy", ["cascade", "vote", "mixture_of_agents", "self_moa"])
+@pytest.mark.parametrize("prompt", [["one", "two"], ["one"], [5, 6], [[5, 6], [7]]])
+async def test_one_prompt_alone_and_as_text(strategy: str, prompt: list[Any]) -> None:
+    policy = Policy.model_validate({"name": "p", "strategy": {"name": strategy}})
+    fleet = FakeFleet(a=says("9"))
+    asked = ExpertRequest(id="1", endpoint="completions", body={"prompt": prompt})
+    with pytest.raises(ExpertRequestError, match="'prompt' must be a string") as caught:
+        await collect(create_strategy(policy).run(decision("a"), asked, fleet), [])
+    assert (caught.value.param, fleet.calls) == ("prompt", [])
 
 
 @pytest.mark.parametrize("strategy", ["cascade", "vote", "mixture_of_agents", "self_moa"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,16 +12,21 @@ from typer.testing import CliRunner
 
 from experts.cards import ExpertCard
 from router_service.cli import app
+from router_service.cli.console import CommandError
+from router_service.core.calls import Caller, Lane
+from router_service.core.trace import Trace
+from router_service.metrics import Metrics
 from routers.contracts import Estimates, Observations
 from routers.errors import ObservationError
 from routers.policy import Ceilings, Policy, StrategyChoice, Target, load_policy
 from routers.registry import AnyRouter, create_router
 from routers.strategies import create_strategy, strategy_names
 from routers.strategies.cascade import CascadeStrategy
+from tests.router_service.fakes import FakeExpert
 from training import tune_policy as tune_policy_module
 from training.acceptance import fit_acceptance
 from training.observations import ObservedQuery, Table, load_table, write_table
-from training.tune_policy import STRATEGIES, decide, play, tune_policy
+from training.tune_policy import STRATEGIES, acceptance_error, chat_request, decide, play, tune_policy
 
 CARDS = [
     ExpertCard(name="small", description="cheap", input_price=0.1, output_price=0.4),
@@ -96,6 +102,30 @@ def test_playing_is_what_the_strategy_does(table: Table) -> None:
     np.testing.assert_array_equal(play(frugal, decisions, table.test).quality, table.test.quality[:, 0])  # falls back
 
 
+@pytest.mark.parametrize("steps", [None, ["large", "small"], ["large"]])
+async def test_the_service_keeps_the_ceilings_as_they_were_played(table: Table, steps: list[str] | None) -> None:
+    """A call that the one ceiling refuses is none of those that the other counts."""
+    choice = StrategyChoice(name="cascade", options={"experts": steps}) if steps else StrategyChoice()
+    limits = Ceilings(calls=1, cost_usd=3.5e-4)
+    served = BEST.model_copy(update={"ceilings": limits, "strategy": choice})
+    first = table.test.rows(np.arange(1))
+    flat = np.array([[0.5, 0.8]], np.float32)
+    (made,) = decide(served, Estimates(quality=flat, cost_usd=first.cost_usd, latency_s=flat), first)
+    assert made is not None
+    assert [candidate.expert for candidate in made.ranking] == ["large", "small"]
+    played = play(served, [made], first)
+    assert (played.calls.tolist(), played.quality.tolist()) == ([1], [first.quality[0, 0]])
+
+    lanes = {one.name: Lane(one, FakeExpert(one.name), limit=5) for one in CARDS}
+    trace = Trace(id="1", request_id="1", at=0.0, key="k", endpoint="chat/completions", model="p", stream=False)
+    metrics = Metrics()
+    caller = Caller(lanes, trace, metrics, deadline=time.monotonic() + 60, ceilings=limits)
+    parts = create_strategy(served).run(made, chat_request(first.texts[0]), caller)
+    assert [part async for part in parts]
+    assert [(call.expert, call.outcome) for call in trace.calls] == [("large", "not_sent"), ("small", "ok")]
+    assert b'expert="large"' not in metrics.render()
+
+
 def test_an_answer_that_a_ceiling_cuts_short_is_not_the_one_observed(table: Table) -> None:
     long = replace(table.test, output_tokens=np.full((120, 2), 400, np.float32))
     estimates = Estimates(quality=long.quality * 0 + 0.5, cost_usd=long.cost_usd, latency_s=long.cost_usd)
@@ -128,6 +158,32 @@ def test_a_cascade_is_found_where_confidence_tells(table: Table) -> None:
     assert tuned.share_of_cost < 0.75
     assert tuned.difference.high > 0
     assert isinstance(create_strategy(tuned.policy), CascadeStrategy)
+
+
+def test_the_scores_calibration_is_measured_on_test(table: Table) -> None:
+    error = tune_policy(BEST, table, Target(within=0.0), strategies=("cascade",)).acceptance_error
+    assert error is not None
+    assert 0 < error.low <= error.value <= error.high < 0.2
+    assert tune_policy(BEST, table, Target(within=0.0), strategies=("single",)).acceptance_error is None
+
+    estimates = Estimates(
+        quality=np.tile(np.array([0.5, 0.8], np.float32), (120, 1)),
+        cost_usd=table.test.cost_usd,
+        latency_s=table.test.cost_usd,
+    )
+    options = {"experts": ["small", "large"], "acceptance": {"told": {"bias": 9, "quality": 0, "confidence": 0}}}
+    vain = BEST.model_copy(update={"strategy": StrategyChoice(name="cascade", options=options)})
+    found = acceptance_error(vain, decide(vain, estimates, table.test), table.test)
+    assert found is not None
+    assert found.value == pytest.approx(1 - table.test.quality[:, 0].mean(), abs=1e-3)  # it is sure of every answer
+
+
+def test_a_confidence_that_will_not_be_asked_for_is_not_played(table: Table) -> None:
+    silent = StrategyChoice(name="cascade", options={"logprobs": False})
+    started = BEST.model_copy(update={"strategy": silent})
+    tuned = tune_policy(started, table, Target(within=0.0), strategies=("cascade",))
+    assert tuned.policy.strategy.options["logprobs"] is False
+    assert tuned.share_of_cost >= 1  # nothing tells which of the small one's answers are wrong
 
 
 def test_a_target_is_kept_with_confidence_not_by_luck(table: Table) -> None:
@@ -247,3 +303,13 @@ def test_the_command_writes_a_policy_that_loads(table: Table, tmp_path: Path) ->
     assert "Not tried: vote, for a table says" in shown.output
     refused = CliRunner().invoke(app, [*command, "--strategy", "self_moa"])
     assert refused.exit_code != 0
+    lost = tmp_path / "My.yaml"
+    for options, why in (
+        (["--quality", "0"], "--quality must be above 0"),
+        (["--quality", ".5", "--within", ".1"], "two targets"),
+        (["--within", ".1", "--out", str(lost)], "--out names the policy by its file"),
+    ):
+        wrong = CliRunner().invoke(app, [*command, *options]).exception
+        assert isinstance(wrong, CommandError)
+        assert (wrong.status, why in str(wrong)) == (2, True), wrong
+    assert not lost.exists()

@@ -85,6 +85,11 @@ class RouterR1Strategy(BaseStrategy[RouterR1Options]):
         """The policy asks, an expert replies, the policy answers."""
         return 3
 
+    @property
+    def most_calls(self) -> int:
+        """Every turn of the policy, and every call that it may make between them."""
+        return 2 * self.options.max_calls + 1
+
     async def run(self, decision: Decision, request: ExpertRequest, call: Call) -> AsyncGenerator[Part, None]:
         """The thoughts and the answer.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import pytest
 
@@ -97,6 +98,38 @@ async def test_a_budget_is_spent_by_every_way_to_an_expert(redis_server: RedisPr
         with redis_server.client() as client:
             (key,) = client.keys("router:spent:key:a:*")
             assert float(client.hget(key, "n")) == pytest.approx(32e-6)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "options", "ceilings", "calls", "usd"),
+    [
+        ("single", {}, {}, 1, 1800e-6),
+        ("vote", {"voters": 3, "samples": 2}, {}, 6, 6 * 1800e-6),
+        ("vote", {"voters": 3}, {"calls": 2}, 2, 2 * 1800e-6),
+        ("cascade", {"experts": ["a", "b"]}, {}, 2, 2 * 1800e-6),
+        ("mixture_of_agents", {"proposers": 3}, {"cost_usd": 0.004}, 4, 0.004),
+        ("self_moa", {"samples": 4}, {}, 5, 5 * 1800e-6),
+    ],
+)
+async def test_all_calls_of_a_strategy_are_reserved(
+    redis_server: RedisProcess, strategy: str, options: dict[str, Any], ceilings: dict[str, Any], calls: int, usd: float
+) -> None:
+    served = policy(strategy={"name": strategy, "options": options}, ceilings=ceilings)
+    experts = [FakeExpert(name, pause_s=0.2) for name in ("a", "b", "c")]
+    limited = limits(usd_per_day=1, tokens_per_minute=100_000)
+    async with serving(redis_server, *experts, policies=[served], environment=limited) as service:
+        asked = asyncio.create_task(service.chat(headers=A, max_tokens=890))
+        await eventually(lambda: _asked(experts))
+        with redis_server.client() as client:
+            (key,) = client.keys("router:spent:key:a:*")
+            assert float(client.hget(key, "n")) == pytest.approx(usd, rel=0.02)
+        response = await asked
+        assert response.status_code == 200
+        assert 100_000 - int(response.headers["x-ratelimit-remaining-tokens"]) == pytest.approx(900 * calls, rel=0.02)
+
+
+async def _asked(experts: list[FakeExpert]) -> bool:
+    return any(expert.requests for expert in experts)
 
 
 async def test_a_policys_budget_is_everyones(redis_server: RedisProcess) -> None:

