@@ -55,12 +55,16 @@ class ExpertNodes:
 class GraphNetwork(nn.Module):
     """The trained parameters: `projection` [F, P], in which a query is near its task; how far nodes trust messages.
 
+    `offsets` [T, P] and `bias` [T] are what training adds to the places of the tasks that it knows; a task that joins
+    later has none.
     `link` is what makes a chance of an estimate with the paper's loss: sigmoid(link[0] * estimate + link[1]).
     """
 
-    def __init__(self, projection: Tensor, *, dropout: float = 0.0, link: bool = False) -> None:
+    def __init__(self, projection: Tensor, tasks: int, *, dropout: float = 0.0, link: bool = False) -> None:
         super().__init__()
         self.projection = nn.Parameter(projection.clone())
+        self.offsets = nn.Parameter(torch.zeros(tasks, projection.shape[1]))
+        self.bias = nn.Parameter(torch.zeros(tasks))
         self.log_task_counts_as = nn.Parameter(torch.full((OUTCOMES,), 2.7))
         self.link = nn.Parameter(torch.tensor([4.0, -2.0]), requires_grad=link)
         self._dropout = dropout
@@ -91,8 +95,8 @@ class GraphNetwork(nn.Module):
         there = ~tasks.isnan().any(1)
         kept = nn.functional.dropout(torch.ones(len(self.projection), 1), self._dropout, self.training)
         projection = kept * self.projection  # features are dropped for a whole step: a mask for each query costs more
-        places = tasks.nan_to_num() @ projection
-        logits = x @ projection @ places.T - (places**2).sum(1) / 2
+        places = tasks.nan_to_num() @ projection + self.offsets
+        logits = x @ projection @ places.T - (places**2).sum(1) / 2 + self.bias
         return torch.log_softmax(logits.masked_fill(~there, -torch.inf), 1)
 
     def experts(self, graph: HeteroData, membership: Tensor, outcome: int) -> ExpertNodes:

@@ -194,13 +194,15 @@ class GraphRouter(FittedRouter[GraphRouterConfig]):
         options = TrainingOptions(**config.model_dump(include=set(TrainingOptions.__slots__)))
         graph = Graph.of(features, label, descriptions, carried, length, target)
         train_network(graph, network, options, self.checkpoint)
-        self._task_counts_as, self._link, projection = (
+        self._task_counts_as, self._link, offsets, bias, projection = (
             found.detach().numpy().copy()
-            for found in (network.log_task_counts_as.exp(), network.link, network.projection)
-        )
+            for found in (
+                network.log_task_counts_as.exp(), network.link, network.offsets, network.bias, network.projection,
+            )
+        )  # fmt: skip
         made = self._made_tasks(network, features, label, descriptions)
         nodes = tuple(TaskNode(name, "queries", {}) for name in names)
-        self._tasks = Tasks(nodes, made, projection, np.ones(len(names), np.float32))
+        self._tasks = Tasks(nodes, made, offsets, bias, np.ones(len(names), np.float32), projection)
         membership = self._tasks.membership(features)
         self._tasks = replace(self._tasks, reach=_reach(embeddings @ self._centroids().T, membership))
         self._nodes = self._made_experts(network, carried, length, membership)
@@ -228,6 +230,8 @@ class GraphRouter(FittedRouter[GraphRouterConfig]):
             "graph.embedded": np.array([self._embedded]),
             "graph.task_nodes": np.frombuffer(described, np.uint8),
             "graph.task_features": self._tasks.features,
+            "graph.task_offsets": self._tasks.offsets,
+            "graph.task_bias": self._tasks.bias,
             "graph.projection": self._tasks.projection,
             "graph.reach": self._tasks.reach,
             "graph.task_counts_as": self._task_counts_as,
@@ -247,8 +251,15 @@ class GraphRouter(FittedRouter[GraphRouterConfig]):
         nodes = _task_nodes(artefact.array("graph.task_nodes", None).tobytes())
         if nodes is None or len(nodes) != tasks:
             artefact.refuse(f"does not say what its {tasks} task nodes are")
-        projection, reach = artefact.array("graph.projection", size, None), artefact.array("graph.reach", tasks)
-        self._tasks = Tasks(nodes, features, projection, reach)
+        projection = artefact.array("graph.projection", size, None)
+        self._tasks = Tasks(
+            nodes,
+            features,
+            artefact.array("graph.task_offsets", tasks, projection.shape[1]),
+            artefact.array("graph.task_bias", tasks),
+            artefact.array("graph.reach", tasks),
+            projection,
+        )
         self._task_counts_as = artefact.array("graph.task_counts_as", OUTCOMES)
         self._link = artefact.array("graph.link", 2)
         self._nodes = Nodes(
@@ -291,7 +302,7 @@ class GraphRouter(FittedRouter[GraphRouterConfig]):
         from routers.graph_network import GraphNetwork
 
         link = self.config.loss == "one_hot"
-        return GraphNetwork(torch.from_numpy(projection), dropout=self.config.dropout, link=link)
+        return GraphNetwork(torch.from_numpy(projection), tasks, dropout=self.config.dropout, link=link)
 
     def _made_tasks(
         self, network: GraphNetwork, features: FloatArray, label: Labels, descriptions: FloatArray
@@ -314,10 +325,10 @@ class GraphRouter(FittedRouter[GraphRouterConfig]):
         return found
 
     def _described(self, descriptions: Sequence[str]) -> FloatArray:
-        """Features of descriptions: where they lie; of the form of their task's queries they say nothing."""
-        raw = np.tile(self._centre, (len(descriptions), 1))
-        raw[:, : self._embedded] = self._embed(descriptions)
-        return (raw - self._centre) * np.float32(_FEATURE_SCALE)
+        """Features of descriptions: where they lie, and their words; of the shape of queries they say nothing."""
+        features = self._features(descriptions, self._embed(descriptions))
+        features[:, self._embedded : self._embedded + self._text.centre.size] = 0
+        return features
 
     def _features(self, texts: Sequence[str], embeddings: FloatArray) -> FloatArray:
         raw = np.hstack([embeddings, self._text(texts)])
@@ -331,11 +342,12 @@ class GraphRouter(FittedRouter[GraphRouterConfig]):
 
     def _make_ready(self) -> None:
         """What a query meets of the task nodes, made once: its features are not spelled out where they need not be."""
-        weights = self._tasks.weights * np.float32(_FEATURE_SCALE)
+        weights, bias = self._tasks.linear()
+        weights = weights * np.float32(_FEATURE_SCALE)
         words = self._embedded + self._text.centre.size
         self._asked = self._text.words_through(weights[words:])
         self._asked_weights = np.vstack([weights[:words], np.eye(weights.shape[1], dtype=np.float32)])
-        self._asked_bias = self._tasks.bias - self._centre @ weights
+        self._asked_bias = bias - self._centre @ weights
         self._task_embeddings = self._centroids()
 
     def _membership(self, texts: Sequence[str], embeddings: FloatArray) -> FloatArray:

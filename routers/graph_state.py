@@ -1,9 +1,13 @@
 """What the nodes of GraphRouter's graph are at serving time: arrays, and the messages that make them.
 
 A query has features f [F]. Task node t is the mean x_t of its queries' features, of its description's where that is all
-there is; a query belongs to the tasks near it in the learnt projection P: p = softmax_t(-|P'f - P'x_t|^2 / 2). For one
-outcome (effect, or answer length over the expert's mean length) an expert's node has a level and a number for each task
-beside it, and the estimate is
+there is. A query belongs to the tasks that it is near in the learnt projection P,
+
+    p = softmax_t(b_t - |P'f - P'x_t - o_t|^2 / 2)
+
+where the offset o_t and the bias b_t are learnt of tasks trained on, and 0 of those that join. For one outcome (effect,
+or answer length over the expert's mean length) an expert's node has a level and a number for each task beside it, and
+the estimate is
 
     level[e] + p . tasks[:, e]
 
@@ -54,26 +58,27 @@ class TaskNode:
 
 @dataclass(frozen=True, slots=True)
 class Tasks:
-    """The T task nodes: `features` [T, F]; `projection` [F, P] in which near is alike; `reach` [T], see `known`."""
+    """The T task nodes: `features` [T, F], `offsets` [T, P] and `bias` [T]; `projection` [F, P] in which near is alike.
+
+    `reach` [T] is the cosine to its embedding that nearly all of a task's own queries have.
+    """
 
     nodes: tuple[TaskNode, ...]
     features: FloatArray
-    projection: FloatArray
+    offsets: FloatArray
+    bias: FloatArray
     reach: FloatArray
+    projection: FloatArray
 
-    @property
-    def weights(self) -> FloatArray:
-        """[F, T], of features; the squared distance without what is the same for all tasks."""
-        return cast("FloatArray", self.projection @ (self.features @ self.projection).T)
-
-    @property
-    def bias(self) -> FloatArray:
-        """[T]."""
-        return cast("FloatArray", -((self.features @ self.projection) ** 2).sum(1) / 2)
+    def linear(self) -> tuple[FloatArray, FloatArray]:
+        """Weights [F, T] and bias [T]: the squared distances of a query, without what is the same for all tasks."""
+        places = self.features @ self.projection + self.offsets
+        return cast("FloatArray", self.projection @ places.T), cast("FloatArray", self.bias - (places**2).sum(1) / 2)
 
     def membership(self, features: FloatArray) -> FloatArray:
         """How much each query of `features` [B, F] belongs to each task [B, T]; rows sum to 1."""
-        return softmax(features @ self.weights + self.bias)
+        weights, bias = self.linear()
+        return softmax(features @ weights + bias)
 
     def joined(self, node: TaskNode, features: FloatArray, reach: float) -> Self:
         """With one more, of `features` [F]."""
@@ -81,6 +86,8 @@ class Tasks:
             self,
             nodes=(*self.nodes, node),
             features=np.vstack([self.features, features]),
+            offsets=np.vstack([self.offsets, np.zeros_like(self.offsets[:1])]),
+            bias=np.append(self.bias, np.float32(0)),
             reach=np.append(self.reach, np.float32(reach)),
         )
 

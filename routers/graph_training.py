@@ -180,7 +180,7 @@ class _Run:
             of_effect = _differences(effect - edges.target, edges.edge_index[0], len(logs))
         error = (length - edges.edge_attr[:, LENGTH]) * edges.known[:, LENGTH]
         of_length = torch.nn.functional.huber_loss(error, torch.zeros_like(error))
-        weights = network.projection @ (tasks.nan_to_num() @ network.projection).T
+        weights = network.projection @ (tasks.nan_to_num() @ network.projection + network.offsets).T
         of_tasks = _taught(logs, hidden["query"].label) + self._options.decay * (weights**2).sum()
         return of_effect + _LENGTH_WEIGHT * of_length + _LABEL_WEIGHT * of_tasks
 

@@ -118,14 +118,14 @@ def _shapes(texts: Sequence[str]) -> FloatArray:
     code = _looked_up("".join(text + "\n" for text in texts), _CODES, _code)
     counts = np.bincount(row * 16 + code, minlength=16 * len(texts)).reshape(-1, 16).astype(np.float64)
     counts[:, _NEWLINE] -= 1  # the one between texts
-    word, number = (_runs(which) for which in ((code != _SPACE) & (code != _NEWLINE), code == _DIGIT))
-    words, numbers = (np.bincount(row[begin], minlength=len(texts)) for begin, _ in (word, number))
-    longest = np.zeros(len(texts), np.intp)
-    np.maximum.at(longest, row[number[0]], number[1] - number[0])
+    begin, end = _runs(code == _DIGIT)
+    numbers, longest = np.bincount(row[begin], minlength=len(texts)), np.zeros(len(texts), np.intp)
+    np.maximum.at(longest, row[begin], end - begin)
+    split = [text.split() for text in texts]
+    words, distinct = (np.array(list(map(len, found)), np.intp) for found in (split, map(set, split)))
     several = np.column_stack([length, words, counts[:, _NEWLINE:][:, : len(_MARKS)], numbers])
     letters = chars - counts[:, _SPACE] - counts[:, _NEWLINE]
     chars, words = np.maximum(chars, 1), np.maximum(words, 1)
-    distinct = np.array([len(set(text.split())) for text in texts], np.intp)
     shares = [counts[:, _DIGIT] / chars, longest, counts[:, _CAPITAL] / chars, letters / words, distinct / words]
     signs = np.array([_signs(text) for text in texts], np.float64).reshape(-1, 3)
     return np.column_stack([np.log1p(several), *shares, signs]).astype(np.float32)
@@ -230,12 +230,12 @@ def _hashed(texts: Sequence[str]) -> tuple[Places, Hashes, Hashes]:
         return row[:0], np.zeros(0, np.uint32), np.zeros(0, np.uint32)
     behind = np.repeat(begin + lengths, lengths) - np.arange(1, len(inside) + 1)  # bytes of its word after each
     table = _crc_table(int(lengths.max()).bit_length())
-    said = np.bitwise_xor.reduceat(table[behind + 3, raw[inside]], begin)
+    said = np.bitwise_xor.reduceat(table.take(((behind + 3) << 8) + raw[inside]), begin)
     whole = np.uint32(0xFFFFFFFF)
     counts = np.arange(lengths.max() + 1)
     hashes = whole ^ said ^ _advanced(np.full(len(counts), whole), counts, table)[lengths]
     second = lengths[1:]
-    pairs = whole ^ said[1:] ^ table[second + 3, ord(" ")] ^ _advanced(whole ^ hashes[:-1], second + 1, table)
+    pairs = whole ^ said[1:] ^ table[((second + 3) << 8) + ord(" ")] ^ _advanced(whole ^ hashes[:-1], second + 1, table)
     return row[inside[begin]], hashes, pairs
 
 
@@ -253,7 +253,7 @@ _KINDS = np.array([_kind(chr(point)) for point in range(128)], np.uint8)
 
 @cache
 def _crc_table(bits: int) -> Hashes:
-    """What a byte with k bytes behind it does to a CRC-32, [k + 3, 256], for words of less than 2 ** bits bytes.
+    """What a byte with k bytes behind it does to a CRC-32, at (k + 3) * 256 + byte; words of less than 2 ** bits bytes.
 
     CRC-32 is linear: a word's is the exclusive or of what its bytes do. Rows of k < 0 are bytes still in the register.
     """
@@ -264,14 +264,14 @@ def _crc_table(bits: int) -> Hashes:
     rows = [byte << np.uint32(16)]
     for _ in range((1 << bits) + 3):
         rows.append(once[rows[-1] & 0xFF] ^ (rows[-1] >> np.uint32(8)))
-    return np.stack(rows)
+    return np.concatenate(rows)
 
 
 def _advanced(state: Hashes, count: Places, table: Hashes) -> Hashes:
     """CRC registers `state` [W] after `count` [W] zero bytes."""
     found = np.zeros(len(state), np.uint32)
     for place in range(4):
-        found ^= table[count + 2 - place, (state >> np.uint32(8 * place)) & np.uint32(0xFF)]
+        found ^= table.take(((count + 2 - place) << 8) + ((state >> np.uint32(8 * place)) & np.uint32(0xFF)))
     return found
 
 

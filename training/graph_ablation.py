@@ -35,7 +35,7 @@ class WithoutTasks(GraphRouter):
 
 class _TaskParameters(GraphNetwork):
     def __init__(self, projection: Tensor, tasks: int, *, dropout: float) -> None:
-        super().__init__(projection, dropout=dropout)
+        super().__init__(projection, tasks, dropout=dropout)
         self.task_nodes = nn.Parameter(torch.zeros(tasks, len(projection)))
 
     def tasks(self, graph: HeteroData) -> Tensor:
@@ -55,9 +55,19 @@ class TasksWithoutMessages(GraphRouter):
         return found
 
 
+class TasksOfMessagesAlone(GraphRouter):
+    """Task nodes to which training adds nothing."""
+
+    def _network(self, projection: FloatArray, experts: int, tasks: int) -> GraphNetwork:
+        network = super()._network(projection, experts, tasks)
+        network.offsets.requires_grad_(False)
+        network.bias.requires_grad_(False)
+        return network
+
+
 class _ExpertParameters(GraphNetwork):
     def __init__(self, projection: Tensor, experts: int, tasks: int, *, dropout: float) -> None:
-        super().__init__(projection, dropout=dropout)
+        super().__init__(projection, tasks, dropout=dropout)
         self.levels = nn.Parameter(torch.tensor([[0.5], [1.0]]).repeat(1, experts))
         self.beside = nn.Parameter(torch.zeros(OUTCOMES, experts, tasks))
 
@@ -82,8 +92,8 @@ class ExpertsWithoutMessages(GraphRouter):
 class _Rescaled(GraphNetwork):
     """Estimates of effect of what edges carry, by a line: an expert that is often the best is not right as often."""
 
-    def __init__(self, projection: Tensor, *, dropout: float) -> None:
-        super().__init__(projection, dropout=dropout)
+    def __init__(self, projection: Tensor, tasks: int, *, dropout: float) -> None:
+        super().__init__(projection, tasks, dropout=dropout)
         self.line = nn.Parameter(torch.tensor([1.0, 0.0]))
 
     def experts(self, graph: HeteroData, membership: Tensor, outcome: int) -> ExpertNodes:
@@ -100,7 +110,7 @@ class EdgesOfTheBest(GraphRouter):
         return is_best(table, 1.0, 0.0), table.quality
 
     def _network(self, projection: FloatArray, experts: int, tasks: int) -> GraphNetwork:
-        return _Rescaled(torch.from_numpy(projection), dropout=self.config.dropout)
+        return _Rescaled(torch.from_numpy(projection), tasks, dropout=self.config.dropout)
 
     def _made_experts(
         self, network: GraphNetwork, carried: FloatArray, length: FloatArray, membership: FloatArray
@@ -130,6 +140,7 @@ VARIANTS: Mapping[str, tuple[type[GraphRouter], Mapping[str, Any]]] = {
     "as it is": (GraphRouter, _NO_OPTIONS),
     "tasks: from clusters, not from labels": (TasksFromClusters, _NO_OPTIONS),
     "tasks: none": (WithoutTasks, _NO_OPTIONS),
+    "tasks: of messages alone, with no learnt offset": (TasksOfMessagesAlone, _NO_OPTIONS),
     "messages: none to tasks, their nodes are parameters": (TasksWithoutMessages, _NO_OPTIONS),
     "messages: none to experts, their nodes are parameters": (ExpertsWithoutMessages, _NO_OPTIONS),
     "edges: who was best, not how good each was": (EdgesOfTheBest, _NO_OPTIONS),
