@@ -56,7 +56,7 @@ class GraphNetwork(nn.Module):
     """The trained parameters: `projection` [F, P], in which a query is near its task; how far nodes trust messages.
 
     `offsets` [T, P] and `bias` [T] are what training adds to the places of the tasks that it knows; a task that joins
-    later has none.
+    later has no offset.
     `link` is what makes a chance of an estimate with the paper's loss: sigmoid(link[0] * estimate + link[1]).
     """
 

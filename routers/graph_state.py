@@ -5,9 +5,9 @@ there is. A query belongs to the tasks that it is near in the learnt projection 
 
     p = softmax_t(b_t - |P'f - P'x_t - o_t|^2 / 2)
 
-where the offset o_t and the bias b_t are learnt of tasks trained on, and 0 of those that join. For one outcome (effect,
-or answer length over the expert's mean length) an expert's node has a level and a number for each task beside it, and
-the estimate is
+where the offset o_t and the bias b_t are learnt of tasks trained on; those that join have no offset. For one outcome
+(effect, or answer length over the expert's mean length) an expert's node has a level and a number for each task beside
+it, and the estimate is
 
     level[e] + p . tasks[:, e]
 
@@ -38,6 +38,8 @@ DESCRIPTION_COUNTS_AS = 8.0
 
 EFFECT, LENGTH = 0, 1
 OUTCOMES = 2
+
+_LEAD = 1.0  # of the logits of a task that joins over those of others, where it lies
 
 MadeOf = Literal["queries", "description", "nearest tasks"]
 
@@ -81,13 +83,15 @@ class Tasks:
         return softmax(features @ weights + bias)
 
     def joined(self, node: TaskNode, features: FloatArray, reach: float) -> Self:
-        """With one more, of `features` [F]."""
+        """With one more, of `features` [F]; its bias is what makes a query that lies just there belong to it first."""
+        weights, bias = self.linear()
+        lead = float((features @ weights + bias).max() - ((features @ self.projection) ** 2).sum() / 2)
         return replace(
             self,
             nodes=(*self.nodes, node),
             features=np.vstack([self.features, features]),
             offsets=np.vstack([self.offsets, np.zeros_like(self.offsets[:1])]),
-            bias=np.append(self.bias, np.float32(0)),
+            bias=np.append(self.bias, np.float32(max(0.0, lead + _LEAD))),
             reach=np.append(self.reach, np.float32(reach)),
         )
 
