@@ -1,9 +1,10 @@
 """GraphRouter's network on PyTorch Geometric: what is trained, on samples of the graph.
 
-Two node types meet along observed edges, query and expert; the third, task, meets every query by attention. The
-forward pass makes the expert nodes of `routers.graph_state` by message passing over whatever part of the graph it is
-given, and reads off the estimates of other queries, which have no edges: as at serving. So what is learnt is how to
-*make* nodes of edges, and an expert that joins later is no special case.
+Nodes are tasks, queries and experts. Edges say which task a query is of, where that is known, and what was observed of
+an expert on a query. The forward pass makes the task nodes by messages from their queries, then the expert nodes of
+`routers.graph_state` by messages along observed edges, and reads off the estimates of other queries, which have no
+edges of either kind: as at serving. So what is learnt is how to *make* nodes of edges, and a task or an expert that
+joins later is no special case.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from torch_geometric.data import HeteroData
 from torch_geometric.nn import MessagePassing
 
-from routers.graph_state import DIRECTION_COUNTS_AS, LEVEL_COUNTS_AS, OUTCOMES, TASK_COUNTS_AS
+from routers.graph_state import DESCRIPTION_COUNTS_AS, LEVEL_COUNTS_AS, OUTCOMES, TASK_COUNTS_AS
 
+OF = ("query", "of", "task")
 OBSERVED = ("query", "observed_on", "expert")
 
 
@@ -35,77 +37,80 @@ class Carry(MessagePassing):  # type: ignore[misc]
 
 
 @dataclass(frozen=True, slots=True)
-class Nodes:
-    """Expert nodes for one outcome: `level` [E], `tasks` [E, T], `own` [E, P]; `shared` [P] is one for all experts."""
+class ExpertNodes:
+    """Expert nodes for one outcome: `level` [E], `tasks` [E, T] beside it."""
 
     level: Tensor
     tasks: Tensor
-    own: Tensor
-    shared: Tensor
 
-    def expected(self, attention: Tensor, along: Tensor) -> Tensor:
-        """For queries with `attention` [B, T] and projections `along` [B, P], of every expert: [B, E]."""
-        return self.level + attention @ self.tasks.T + along @ (self.shared + self.own).T
+    def expected(self, membership: Tensor) -> Tensor:
+        """Of every expert, for queries of `membership` [B, T]: [B, E]."""
+        return self.level + membership @ self.tasks.T
+
+    def along(self, membership: Tensor, query: Tensor, expert: Tensor) -> Tensor:
+        """As `expected`, along the edges [M] from `query` to `expert` alone."""
+        return self.level[expert] + (membership[query] * self.tasks[expert]).sum(1)
 
 
 class GraphNetwork(nn.Module):
-    """The trained parameters (`graph_state`): attention `tasks` [F, T], `bias` [T]; how far nodes trust messages."""
+    """The trained parameters: `projection` [F, P], in which a query is near its task; how far nodes trust messages.
 
-    def __init__(self, directions: Tensor, tasks: int, *, own: bool, dropout: float = 0.0) -> None:
+    `offsets` [T, P] and `bias` [T] are what training adds to the places of the tasks that it knows; a task that joins
+    later has no offset.
+    `link` is what makes a chance of an estimate with the paper's loss: sigmoid(link[0] * estimate + link[1]).
+    """
+
+    def __init__(self, projection: Tensor, tasks: int, *, dropout: float = 0.0, link: bool = False) -> None:
         super().__init__()
-        features, count = directions.shape
-        self.register_buffer("directions", directions)
-        self.tasks = nn.Parameter(torch.zeros(features, tasks))
+        self.projection = nn.Parameter(projection.clone())
+        self.offsets = nn.Parameter(torch.zeros(tasks, projection.shape[1]))
         self.bias = nn.Parameter(torch.zeros(tasks))
         self.log_task_counts_as = nn.Parameter(torch.full((OUTCOMES,), 2.7))
-        self.shared_gains = nn.Parameter(torch.full((OUTCOMES, count), 0.3))
-        self.own_gains = nn.Parameter(torch.full((OUTCOMES, count), 0.1 if own else 0.0), requires_grad=own)
+        self.link = nn.Parameter(torch.tensor([4.0, -2.0]), requires_grad=link)
         self._dropout = dropout
         self._carry = Carry()
 
-    def attention(self, x: Tensor) -> Tensor:
-        """Log of how much each query of centred features `x` [B, F] is of each task [B, T]."""
-        dropped = nn.functional.dropout(x, self._dropout, self.training)
-        return torch.log_softmax(dropped @ self.tasks + self.bias, 1)
-
-    def along(self, x: Tensor) -> Tensor:
-        """Projections on the directions [B, P]."""
-        return x @ self.get_buffer("directions")
-
     def forward(self, graph: HeteroData, asked: Tensor) -> Tensor:
         """Estimates for queries with features `asked` [B, F] of each expert and outcome [B, E, 2]."""
-        x = graph["query"].x
-        logs = self.attention(torch.cat([x, asked]))
-        return self.estimate(graph, logs[: len(x)].exp(), logs[len(x) :].exp(), asked)
+        tasks = self.tasks(graph)
+        membership = self.log_membership(graph["query"].x, tasks).exp()
+        asked_membership = self.log_membership(asked, tasks).exp()
+        nodes = [self.experts(graph, membership, outcome) for outcome in range(OUTCOMES)]
+        return torch.stack([found.expected(asked_membership) for found in nodes], 2)
 
-    def estimate(self, graph: HeteroData, attention: Tensor, asked_attention: Tensor, asked: Tensor) -> Tensor:
-        """As `forward`, with the attention of the graph's queries [Q, T] and of those asked [B, T] at hand."""
-        along, asked_along = self.along(graph["query"].x), self.along(asked)
-        nodes = [self.nodes(graph, attention, along, outcome) for outcome in range(OUTCOMES)]
-        return torch.stack([found.expected(asked_attention, asked_along) for found in nodes], 2)
+    def tasks(self, graph: HeteroData) -> Tensor:
+        """The task nodes [T, F]: means of what their queries send, and of their descriptions, where they have one.
 
-    def nodes(self, graph: HeteroData, attention: Tensor, along: Tensor, outcome: int) -> Nodes:
-        """The expert nodes that the graph's edges make."""
-        edges, experts, queries = graph[OBSERVED].edge_index, graph["expert"].num_nodes, len(attention)
+        NaN where a task has neither.
+        """
+        described, edges = graph["task"].described[:, None], graph[OF].edge_index
+        sent = self._carry(graph["query"].x, edges, torch.ones(edges.shape[1]), len(described))
+        count = self._carry(torch.ones(len(graph["query"].x), 1), edges, torch.ones(edges.shape[1]), len(described))
+        told = DESCRIPTION_COUNTS_AS * described
+        tasks: Tensor = (sent + told * graph["task"].x) / (count + told)
+        return tasks
+
+    def log_membership(self, x: Tensor, tasks: Tensor) -> Tensor:
+        """Log of how much each query of features `x` [B, F] belongs to each of the task nodes [T, F]: [B, T]."""
+        there = ~tasks.isnan().any(1)
+        kept = nn.functional.dropout(torch.ones(len(self.projection), 1), self._dropout, self.training)
+        projection = kept * self.projection  # features are dropped for a whole step: a mask for each query costs more
+        places = tasks.nan_to_num() @ projection + self.offsets
+        logits = x @ projection @ places.T - (places**2).sum(1) / 2 + self.bias
+        return torch.log_softmax(logits.masked_fill(~there, -torch.inf), 1)
+
+    def experts(self, graph: HeteroData, membership: Tensor, outcome: int) -> ExpertNodes:
+        """The expert nodes that the graph's edges make, its queries being of `membership` [Q, T]."""
+        edges, experts, queries = graph[OBSERVED].edge_index, graph["expert"].num_nodes, len(membership)
         value, known = graph[OBSERVED].edge_attr[:, outcome], graph[OBSERVED].known[:, outcome]
-        at_query, at_expert = edges
-        one = torch.ones_like(attention[:, :1])
+        one = torch.ones_like(membership[:, :1])
         count = self._carry(one, edges, known, experts)
         mean = (value * known).sum() / known.sum().clamp(min=1)
         level = (self._carry(one, edges, value * known, experts) + LEVEL_COUNTS_AS * mean) / (count + LEVEL_COUNTS_AS)
-        surprise = (value - level[at_expert, 0]) * known
-        back = edges.flip(0)
-        ones = torch.ones_like(level)
+        surprise = (value - level[edges[1], 0]) * known
+        back, ones = edges.flip(0), torch.ones_like(level)
         seen = self._carry(ones, back, known, queries)
-        common = attention.T @ self._carry(ones, back, surprise, queries) / (attention.T @ seen + TASK_COUNTS_AS)
+        common = membership.T @ self._carry(ones, back, surprise, queries) / (membership.T @ seen + TASK_COUNTS_AS)
         trust = self.log_task_counts_as[outcome].exp()
-        tasks = self._carry(attention, edges, surprise, experts) + trust * common.T
-        tasks = tasks / (self._carry(attention, edges, known, experts) + trust)
-        surprise = surprise - (attention[at_query] * tasks[at_expert]).sum(1) * known
-        hardness = self._carry(ones, back, surprise, queries) / seen.clamp(min=1)
-        shared = self.shared_gains[outcome] * (along.T @ hardness)[:, 0] / ((seen > 0).sum() + DIRECTION_COUNTS_AS)
-        own = torch.zeros(experts, along.shape[1])
-        if self.own_gains.requires_grad:
-            surprise = surprise - (along @ shared)[at_query] * known
-            own = self.own_gains[outcome] * self._carry(along, edges, surprise, experts) / (count + DIRECTION_COUNTS_AS)
-        return Nodes(level[:, 0], tasks, own, shared)
+        tasks = self._carry(membership, edges, surprise, experts) + trust * common.T
+        return ExpertNodes(level[:, 0], tasks / (self._carry(membership, edges, known, experts) + trust))

@@ -4,7 +4,7 @@ Every step draws queries, makes expert nodes of the edges of one half, and is sc
 whose queries bring no edges of their own: that is what serving looks like. (The paper hides random edges, so that a
 query's other edges may give it away.) The loss of an estimate is its squared error, of the differences between experts
 in full and of what they have in common at a fraction, since only differences choose; or, as the paper has it, the
-cross-entropy of being the expert of the highest utility. The attention over tasks is taught by the table's labels.
+cross-entropy of being the expert of the highest utility. Where queries lie among tasks is taught by the table's labels.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch_geometric.data import HeteroData
 
 from routers.checkpoint import Checkpoint
 from routers.contracts import FloatArray
-from routers.graph_network import OBSERVED, GraphNetwork
-from routers.graph_state import EFFECT, LENGTH, Learnt
+from routers.graph_network import OBSERVED, OF, GraphNetwork
+from routers.graph_state import EFFECT, LENGTH
 
 Ints = npt.NDArray[np.int64]
 
@@ -33,19 +33,17 @@ _PATIENCE = 60
 _COMMON_WEIGHT = 0.3
 _LENGTH_WEIGHT = 0.05
 _LABEL_WEIGHT = 0.1
-_NARROW = 1e-4
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingOptions:
-    """Steps of Adam and what they minimise; `decay` is a squared penalty on the attention's weights."""
+    """Steps of Adam and what they minimise; `decay` is a squared penalty on the weights of features."""
 
     steps: int
     learning_rate: float
     decay: float
     dropout: float
     loss: Literal["effect", "one_hot"]
-    own_directions: bool
     seed: int
 
 
@@ -53,26 +51,41 @@ class TrainingOptions:
 class Graph:
     """The whole graph as arrays: `x` [Q, F], `label` [Q] (-1 where none), edges in the order of their queries.
 
-    `outcome` [M, 2] are effect and length of each edge, 0 where not `known` [M, 2]; edges of query q are
-    `first[q]`..`first[q + 1]`.
+    `descriptions` [T, F] are features of the tasks' descriptions, NaN where a task has none. `outcome` [M, 2] are the
+    effect and length of each edge, 0 where not `known` [M, 2]; edges of query q are `first[q]`..`first[q + 1]`.
+    `target` [M] is what the effect that an estimate foretells is held against.
     """
 
     x: FloatArray
     label: Ints
+    descriptions: FloatArray
     experts: int
     expert: Ints
     outcome: FloatArray
     known: FloatArray
+    target: FloatArray
     first: Ints
 
     @classmethod
-    def of(cls, x: FloatArray, label: Ints, effect: FloatArray, length: FloatArray) -> Graph:
-        """From tables [Q, E] that are NaN where nothing was observed; an edge needs an effect."""
+    def of(
+        cls,
+        x: FloatArray,
+        label: Ints,
+        descriptions: FloatArray,
+        effect: FloatArray,
+        length: FloatArray,
+        target: FloatArray | None = None,
+    ) -> Graph:
+        """From tables [Q, E] that are NaN where nothing was observed; an edge needs an effect, which is the target."""
         query, expert = np.nonzero(np.isfinite(effect))
         values = np.stack([effect[query, expert], length[query, expert]], 1)
-        first = np.searchsorted(query, np.arange(len(x) + 1))
-        known = np.isfinite(values).astype(np.float32)
-        return cls(x, label, effect.shape[1], expert, np.nan_to_num(values), known, first)
+        return cls(
+            x, label, descriptions, effect.shape[1], expert,
+            outcome=np.nan_to_num(values),
+            known=np.isfinite(values).astype(np.float32),
+            target=(effect if target is None else target)[query, expert],
+            first=np.searchsorted(query, np.arange(len(x) + 1)),
+        )  # fmt: skip
 
     def part(self, queries: Ints) -> HeteroData:
         """The part of the graph around `queries`, for PyTorch Geometric."""
@@ -82,32 +95,26 @@ class Graph:
         graph = HeteroData()
         graph["query"].x = torch.from_numpy(self.x[queries])
         graph["query"].label = torch.from_numpy(self.label[queries])
+        graph["task"].x = torch.from_numpy(np.nan_to_num(self.descriptions))
+        graph["task"].described = torch.from_numpy(np.isfinite(self.descriptions).all(1).astype(np.float32))
+        labelled = np.flatnonzero(self.label[queries] >= 0)
+        graph[OF].edge_index = torch.from_numpy(np.stack([labelled, self.label[queries][labelled]]))
         graph["expert"].num_nodes = self.experts
         graph[OBSERVED].edge_index = torch.from_numpy(
             np.stack([np.repeat(np.arange(len(queries)), counts), self.expert[edges]])
         )
         graph[OBSERVED].edge_attr = torch.from_numpy(self.outcome[edges])
         graph[OBSERVED].known = torch.from_numpy(self.known[edges])
+        graph[OBSERVED].target = torch.from_numpy(self.target[edges])
         return graph
 
 
 def train_network(
-    graph: Graph, directions: FloatArray, tasks: int, options: TrainingOptions, checkpoint: Checkpoint
+    graph: Graph, network: GraphNetwork, options: TrainingOptions, checkpoint: Checkpoint
 ) -> GraphNetwork:
-    """The network at its best step. The same graph and options give the same parameters, killed in between or not."""
-    torch.manual_seed(options.seed)
-    network = GraphNetwork(torch.from_numpy(directions), tasks, own=options.own_directions, dropout=options.dropout)
+    """`network` at its best step. The same graph and options give the same parameters, killed in between or not."""
     _Run(graph, network, options, checkpoint).finish()
     return network.eval()
-
-
-def learnt(network: GraphNetwork) -> Learnt:
-    """The parameters of messages, as arrays."""
-    with torch.no_grad():
-        return Learnt(*(
-            found.detach().clone().numpy()
-            for found in (network.log_task_counts_as.exp(), network.shared_gains, network.own_gains)
-        ))  # fmt: skip
 
 
 class _Run:
@@ -152,29 +159,30 @@ class _Run:
         seen = self._graph.part(self._fitted[:_QUERIES_PER_STEP])
         with torch.no_grad():
             hidden = self._graph.part(self._held_out[:_QUERIES_PER_STEP])
-            loss = float(self._loss(self._network.eval(), seen, hidden, taught_by_seen=False))
+            loss = float(self._loss(self._network.eval(), seen, hidden))
         if loss < self._least:
             self._least, self._best_step = loss, step
             self._best = {name: value.detach().clone() for name, value in self._network.named_parameters()}
 
-    def _loss(
-        self, network: GraphNetwork, seen: HeteroData, hidden: HeteroData, *, taught_by_seen: bool = True
-    ) -> Tensor:
-        asked = hidden["query"].x
-        logs, asked_logs = network.attention(seen["query"].x), network.attention(asked)
-        estimates = network.estimate(seen, logs.exp(), asked_logs.exp(), asked)
-        query, expert = hidden[OBSERVED].edge_index
-        error = (estimates[query, expert] - hidden[OBSERVED].edge_attr) * hidden[OBSERVED].known
+    def _loss(self, network: GraphNetwork, seen: HeteroData, hidden: HeteroData) -> Tensor:
+        tasks = network.tasks(seen)
+        logs = network.log_membership(hidden["query"].x, tasks)
+        membership = network.log_membership(seen["query"].x, tasks).exp()
+        edges = hidden[OBSERVED]
+        effect, length = (
+            network.experts(seen, membership, outcome).along(logs.exp(), *edges.edge_index)
+            for outcome in (EFFECT, LENGTH)
+        )
         if self._options.loss == "one_hot":
-            effect = _cross_entropy(estimates[query, expert, EFFECT], hidden[OBSERVED].edge_attr[:, EFFECT])
+            logits = network.link[0] * effect + network.link[1]
+            of_effect = torch.nn.functional.binary_cross_entropy_with_logits(logits, edges.target)
         else:
-            effect = _differences(error[:, EFFECT], query, len(asked))
-        length = torch.nn.functional.huber_loss(error[:, LENGTH], torch.zeros_like(error[:, LENGTH]))
-        labels, taught = hidden["query"].label, asked_logs
-        if taught_by_seen:
-            labels, taught = torch.cat([seen["query"].label, labels]), torch.cat([logs, taught])
-        decay = self._options.decay * (network.tasks**2).sum()
-        return effect + _LENGTH_WEIGHT * length + _LABEL_WEIGHT * (_taught(taught, labels) + decay)
+            of_effect = _differences(effect - edges.target, edges.edge_index[0], len(logs))
+        error = (length - edges.edge_attr[:, LENGTH]) * edges.known[:, LENGTH]
+        of_length = torch.nn.functional.huber_loss(error, torch.zeros_like(error))
+        weights = network.projection @ (tasks.nan_to_num() @ network.projection + network.offsets).T
+        of_tasks = _taught(logs, hidden["query"].label) + self._options.decay * (weights**2).sum()
+        return of_effect + _LENGTH_WEIGHT * of_length + _LABEL_WEIGHT * of_tasks
 
     def _resume(self) -> int:
         found = self._checkpoint.load()
@@ -209,14 +217,9 @@ def _differences(error: Tensor, query: Tensor, queries: int) -> Tensor:
     return ((error - common[query]) ** 2).mean() + _COMMON_WEIGHT * (common**2).mean()
 
 
-def _cross_entropy(chance: Tensor, label: Tensor) -> Tensor:
-    chance = chance.clamp(_NARROW, 1 - _NARROW)
-    return -(label * chance.log() + (1 - label) * (1 - chance).log()).mean()
-
-
 def _taught(logs: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the attention where a label is known; 0 where none is."""
-    known = labels >= 0
+    """Cross-entropy of being of one's own task, where that is known and has a node; 0 where none is."""
+    known = (labels >= 0) & logs.gather(1, labels.clamp(min=0)[:, None])[:, 0].isfinite()
     if not known.any():
         return torch.zeros(())
     return torch.nn.functional.nll_loss(logs[known], labels[known])

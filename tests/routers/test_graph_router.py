@@ -18,14 +18,14 @@ from routers.checkpoint import Checkpoint
 from routers.contracts import FloatArray, Observations, Query
 from routers.embedder import Embedder
 from routers.errors import ObservationError, RouterConfigError
-from routers.graph_network import OBSERVED, GraphNetwork
-from routers.graph_router import GraphRouter, GraphRouterConfig
+from routers.graph_network import OBSERVED, OF, GraphNetwork
+from routers.graph_router import GraphRouter, GraphRouterConfig, is_best
 from routers.graph_state import EFFECT, LENGTH
 from routers.graph_training import Graph, TrainingOptions, train_network
 from routers.registry import create_router, load_router
 from training.metrics import REWARD_SETTINGS
 
-FAST = {"steps": 40, "directions": 8}
+FAST = {"steps": 40, "width": 16}
 
 
 def queries(texts: Any) -> list[Query]:
@@ -45,40 +45,62 @@ def router(table: Observations, fake_embedder: Embedder) -> GraphRouter:
 
 def network_of(router: GraphRouter) -> GraphNetwork:
     """The trained network, from what the router serves with."""
-    side, learnt = router._side, router._learnt
-    network = GraphNetwork(torch.from_numpy(side.directions), side.tasks.shape[1], own=bool(learnt.own_gains.any()))
+    tasks = router._tasks
+    network = GraphNetwork(torch.from_numpy(tasks.projection), len(tasks.nodes))
     parameters = {
-        "tasks": side.tasks,
-        "bias": side.bias,
-        "log_task_counts_as": np.log(learnt.task_counts_as),
-        "shared_gains": learnt.shared_gains,
-        "own_gains": learnt.own_gains,
+        "projection": tasks.projection,
+        "offsets": tasks.offsets,
+        "bias": tasks.bias,
+        "log_task_counts_as": np.log(router._task_counts_as),
+        "link": router._link,
     }
-    network.load_state_dict({name: torch.from_numpy(value) for name, value in parameters.items()}, strict=False)
+    network.load_state_dict({name: torch.from_numpy(value) for name, value in parameters.items()})
     return network.eval()
 
 
-@pytest.mark.parametrize("options", [{}, {"own_directions": True}, {"task_nodes": "clusters"}, {"task_nodes": "none"}])
+ONE_HOT = {"loss": "one_hot", "alpha": 0.5, "beta": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "labelled"),
+    [({}, True), ({"task_descriptions": {"sums": "adding numbers"}}, True), (ONE_HOT, True), ({}, False)],
+    ids=["labels", "described", "one-hot", "clusters"],
+)
 def test_serving_is_the_full_graphs_forward_pass(
-    table: Observations, fake_embedder: Embedder, options: dict[str, Any]
+    table: Observations, fake_embedder: Embedder, options: dict[str, Any], labelled: bool
 ) -> None:
     train, test = table.rows(np.arange(120)), table.rows(np.arange(120, 180))
     lengths = train.output_tokens * np.linspace(0.5, 1.5, 120, dtype=np.float32)[:, None]
     train = replace(train, output_tokens=np.where(np.arange(5) == 2, np.nan, lengths).astype(np.float32))
+    train = replace(
+        train, tasks=["" if i % 5 == 4 else task for i, task in enumerate(train.tasks)] if labelled else [""] * 120
+    )
     router = make(fake_embedder, **options).fit(replace(train, input_tokens=np.full_like(lengths, np.nan)))
-    features, asked = (router._features(part.texts, fake_embedder.embed(part.texts)) for part in (train, test))
-    ratio = train.output_tokens / router.profile.output_tokens
-    graph = Graph.of(features, np.zeros(120, np.int64), train.quality, ratio).part(np.arange(120))
+    embeddings, asked_embeddings = (fake_embedder.embed(part.texts) for part in (train, test))
+    label, names = router._labels(train, embeddings)
+    graph = Graph.of(
+        router._features(train.texts, embeddings),
+        label,
+        router._task_descriptions(names),
+        router._effects(train)[0],
+        train.output_tokens / router.profile.output_tokens,
+    ).part(np.arange(120))
+    assert graph["task"].num_nodes == len(router.task_nodes) >= (3 if labelled else 2)
+    assert graph["task"].described.sum() == (labelled and "task_descriptions" in options)
+    asked = router._features(test.texts, asked_embeddings)
     with torch.no_grad():
         forward = network_of(router)(graph, torch.from_numpy(asked)).numpy()
-    attention = router._side.attention(asked)
+    membership = router._membership(test.texts, asked_embeddings)
     for outcome in (EFFECT, LENGTH):
-        served = router._nodes.expected(outcome, attention, asked)
+        served = router._nodes.expected(outcome, membership)
         np.testing.assert_allclose(served, forward[:, :, outcome], atol=1e-5)
     estimated = router.estimate(queries(test.texts), test.cards).quality
-    inside = ((forward[:, :, EFFECT] >= 0) & (forward[:, :, EFFECT] <= 1)).all(1)
+    effect = forward[:, :, EFFECT]
+    if "loss" in options:
+        effect = 1 / (1 + np.exp(-(router._link[0] * effect + router._link[1])))
+    inside = ((effect >= 0) & (effect <= 1)).all(1)
     assert inside.sum() > 30
-    np.testing.assert_allclose(estimated[inside], forward[inside, :, EFFECT], atol=1e-5)
+    np.testing.assert_allclose(estimated[inside], effect[inside], atol=1e-5)
 
 
 def test_specialists_are_found(table: Observations, fake_embedder: Embedder) -> None:
@@ -147,11 +169,11 @@ def test_save_and_load_with_an_expert_that_joined(router: GraphRouter, table: Ob
 
 @pytest.mark.parametrize("killed_after", [1, 17, 39])
 def test_a_killed_training_ends_with_the_same_parameters(tmp_path: Path, killed_after: int) -> None:
-    graph, directions, options = random_graph(experts=4, queries=200), np.eye(12, 5, dtype=np.float32), OPTIONS
-    whole = train_network(graph, directions, 3, options, Checkpoint())
+    graph = random_graph(experts=4, queries=200)
+    whole = train_network(graph, fresh(), OPTIONS, Checkpoint())
     with pytest.raises(KilledError):
-        train_network(graph, directions, 3, options, KilledCheckpoint(tmp_path, killed_after))
-    resumed = train_network(graph, directions, 3, options, Checkpoint(tmp_path, every_s=0))
+        train_network(graph, fresh(), OPTIONS, KilledCheckpoint(tmp_path, killed_after))
+    resumed = train_network(graph, fresh(), OPTIONS, Checkpoint(tmp_path, every_s=0))
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], value, rtol=0, atol=0)
 
@@ -223,6 +245,19 @@ def test_joining_again_replaces(router: GraphRouter, table: Observations) -> Non
     assert [card.name for card in router.cards] == [card.name for card in table.cards]
 
 
+def test_an_expert_that_cannot_join_again_stays_as_it_was(router: GraphRouter, table: Observations) -> None:
+    router.add_expert(NEW, observed(table, "cities-expert", range(60)))
+    asked, cards = queries(table.texts[:30]), [*table.cards, NEW]
+    before = router.estimate(asked, cards)
+    wrong = observed(table, "base", range(60))
+    with pytest.raises(ObservationError, match=r"quality lies in 0\.\.1"):
+        router.add_expert(NEW, replace(wrong, quality=wrong.quality + 1))
+    with pytest.raises(ObservationError, match="no expert 'new'"):
+        router.add_expert(NEW, table)
+    assert [card.name for card in router.cards] == [card.name for card in cards]
+    np.testing.assert_array_equal(router.estimate(asked, cards).quality, before.quality)
+
+
 def test_removal_needs_nothing(router: GraphRouter, table: Observations) -> None:
     whole = router.estimate(queries(table.texts[:9]), table.cards).quality
     rest = router.estimate(queries(table.texts[:9]), table.cards[1:]).quality
@@ -250,18 +285,84 @@ def test_tasks_are_read_off_the_text(router: GraphRouter, table: Observations) -
     found = router.tasks(table.texts)
     assert np.mean([guess.task == task for guess, task in zip(found, table.tasks, strict=True)]) > 0.95
     assert np.mean([guess.known for guess in found]) > 0.95
-    assert all(1 / 3 <= guess.attention <= 1 for guess in found)
+    assert {guess.made_of for guess in found if guess.known} == {"queries"}
+    for guess in found:
+        assert next(iter(guess.nearest)) == guess.task
+        assert sum(guess.nearest.values()) == pytest.approx(1, abs=0.03)
 
 
-def test_an_unknown_task_is_read_off_the_nearest_and_says_so(router: GraphRouter, table: Observations) -> None:
+def test_an_unknown_query_is_read_off_the_nearest_tasks_and_says_so(router: GraphRouter, table: Observations) -> None:
     strange = "zyxw vutsr qponm lkjih gfedc"
     (guess,) = router.tasks([strange])
-    assert not guess.known
+    assert (guess.known, guess.made_of) == (False, "nearest tasks")
     assert guess.task in table.tasks
     there, here = (router.estimate(queries([text]), table.cards[:3]) for text in (strange, table.texts[0]))
     assert there.uncertainty is not None
     assert here.uncertainty is not None
     assert there.uncertainty.mean() > 2 * here.uncertainty.mean()
+
+
+COUNTS = [
+    "sum population total of country plus city",
+    "add population number of europe and asia",
+    "total country digits map plus",
+    "subtract city number in europe",
+]
+
+
+@pytest.mark.parametrize(
+    ("given", "made_of"),
+    [
+        ({"description": COUNTS[0]}, "description"),
+        ({"examples": COUNTS}, "nearest tasks"),
+    ],
+)
+def test_an_unknown_task_gets_a_node_and_says_what_it_is_made_of(
+    router: GraphRouter, table: Observations, tmp_path: Path, given: dict[str, Any], made_of: str
+) -> None:
+    asked, known = queries(table.texts), router.task_nodes
+    before, share = router.estimate(asked, table.cards), router.tasks([COUNTS[0]])[0].nearest.get("counts", 0)
+    node = router.add_task("counts", **given)
+    assert (node.name, node.made_of, share) == ("counts", made_of, 0)
+    assert router.task_nodes == (*known, node)
+    assert set(node.nearest) <= set(table.tasks)
+    assert sum(node.nearest.values()) == pytest.approx(1, abs=0.03)
+    there = router._tasks.membership(router._tasks.features[[-1]])[0]
+    assert there.argmax() == len(known)
+    if "examples" in given:
+        assert router.tasks([COUNTS[0]])[0].task == "counts"
+    # what its nearest tasks show of each expert, and nothing of its own
+    shown = sum(
+        share * router._nodes.tasks[EFFECT][[n.name for n in known].index(task)] for task, share in node.nearest.items()
+    )
+    np.testing.assert_allclose(router._nodes.tasks[EFFECT][-1], shown, atol=0.02)
+    assert (router._nodes.counts[-1] == 0).all()
+    after = router.estimate(asked, table.cards)
+    assert np.abs(after.quality - before.quality).mean() < 0.05  # who asks for what was known hardly notices
+    router.add_expert(NEW, observed(table, "cities-expert", range(60)))
+    router.save(tmp_path)
+    loaded = load_router(tmp_path, embedder=router._used_embedder())
+    assert isinstance(loaded, GraphRouter)
+    assert loaded.task_nodes == router.task_nodes
+    one, two = (found.estimate(asked, [*table.cards, NEW]).quality for found in (router, loaded))
+    np.testing.assert_array_equal(one, two)
+
+
+def test_described_tasks_of_the_options_are_nodes(table: Observations, fake_embedder: Embedder) -> None:
+    options = {"task_descriptions": {"sums": "adding numbers", "counts": "total population of city plus country"}}
+    nodes = {node.name: node for node in make(fake_embedder, **options).fit(table).task_nodes}
+    assert {name: node.made_of for name, node in nodes.items()} == {
+        "cities": "queries", "dates": "queries", "sums": "queries", "counts": "description",
+    }  # fmt: skip
+    assert nodes["counts"].nearest
+
+
+def test_a_task_that_cannot_be_added(router: GraphRouter, table: Observations) -> None:
+    for given in ({}, {"description": "counts", "examples": COUNTS}):
+        with pytest.raises(RouterConfigError, match="a description or examples"):
+            router.add_task("counts", **given)
+    with pytest.raises(RouterConfigError, match="knows a task 'sums' already"):
+        router.add_task("sums", "adding numbers")
 
 
 @pytest.mark.parametrize("tasks", [[""] * 180, ["all"] * 180])
@@ -294,22 +395,49 @@ def test_one_hot_says_who_is_best_at_one_weighing(table: Observations, fake_embe
         best.add_expert(NEW, observed(table, "base", range(20)))
 
 
-@pytest.mark.parametrize("options", [{"beta": 0.5}, {"loss": "one_hot", "alpha": 0, "beta": 0}, {"task_nodes": "many"}])
+def test_the_papers_loss_teaches_however_wrong_an_estimate_is() -> None:
+    network = fresh(link=True)
+    with torch.no_grad():
+        network.link.copy_(torch.tensor([60.0, 90.0]))  # every chance is 1 to the last bit
+    options, graph = replace(OPTIONS, loss="one_hot", steps=30), random_graph(experts=4, queries=200)
+    best = replace(graph, target=(graph.target > 0.5).astype(np.float32))
+    trained = train_network(best, network, options, Checkpoint())
+    assert float(trained.link.detach()[1]) < 89.9
+
+
+def test_who_was_best_is_known_without_every_cost(table: Observations) -> None:
+    some = table.rows(np.arange(40))
+    unknown = replace(some, cost_usd=np.where(np.arange(5) == 3, np.nan, some.cost_usd).astype(np.float32))
+    seen = np.isfinite(some.quality)
+    for beta in (0.0, 0.5):
+        np.testing.assert_array_equal(np.isfinite(is_best(unknown, 1.0, beta)), seen)
+    np.testing.assert_array_equal(is_best(unknown, 1.0, 0.0), is_best(some, 1.0, 0.0))
+    nowhere = replace(some, cost_usd=np.full_like(some.cost_usd, np.nan))
+    np.testing.assert_array_equal(is_best(nowhere, 0.5, 0.5), is_best(some, 1.0, 0.0))
+    gaps = replace(some, cost_usd=np.where(np.arange(40)[:, None] % 4 == 0, np.nan, some.cost_usd).astype(np.float32))
+    assert (is_best(gaps, 0.2, 0.8)[seen] == is_best(some, 0.2, 0.8)[seen]).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    "options", [{"beta": 0.5}, {"loss": "one_hot", "alpha": 0, "beta": 0}, {"task_descriptions": {"a": ""}}]
+)
 def test_options_that_contradict_each_other_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(RouterConfigError, match="graph_router"):
         create_router("graph_router", options)
 
 
 def test_options_are_searchable() -> None:
-    assert set(GraphRouter.search_space()) == {"learning_rate", "decay", "dropout", "directions"}
+    assert set(GraphRouter.search_space()) == {"learning_rate", "decay", "dropout", "width"}
     assert GraphRouterConfig().loss == "effect"
 
 
 # Samples of the graph
 
-OPTIONS = TrainingOptions(
-    steps=40, learning_rate=0.02, decay=3e-4, dropout=0.2, loss="effect", own_directions=True, seed=1
-)
+OPTIONS = TrainingOptions(steps=40, learning_rate=0.02, decay=3e-4, dropout=0.2, loss="effect", seed=1)
+
+
+def fresh(*, link: bool = False) -> GraphNetwork:
+    return GraphNetwork(torch.eye(12, 5), 3, dropout=OPTIONS.dropout, link=link)
 
 
 def random_graph(*, experts: int, queries: int) -> Graph:
@@ -319,7 +447,8 @@ def random_graph(*, experts: int, queries: int) -> Graph:
     length: FloatArray = rng.random(quality.shape).astype(np.float32)
     length[::3] = np.nan
     x = rng.normal(size=(queries, 12)).astype(np.float32)
-    return Graph.of(x, rng.integers(-1, 3, queries), quality, length)
+    descriptions = np.where(np.arange(3)[:, None] == 1, rng.normal(size=(3, 12)), np.nan).astype(np.float32)
+    return Graph.of(x, rng.integers(-1, 3, queries), descriptions, quality, length)
 
 
 def test_a_sample_has_the_edges_of_its_queries() -> None:
@@ -332,7 +461,26 @@ def test_a_sample_has_the_edges_of_its_queries() -> None:
     expected = np.concatenate([graph.outcome[graph.first[q] : graph.first[q + 1]] for q in drawn])
     np.testing.assert_array_equal(part[OBSERVED].edge_attr.numpy(), expected)
     np.testing.assert_array_equal(part["query"].x.numpy(), graph.x[drawn])
-    assert graph.part(np.zeros(0, np.int64))[OBSERVED].edge_index.shape == (2, 0)
+    of = [(row, int(graph.label[q])) for row, q in enumerate(drawn) if graph.label[q] >= 0]
+    assert [tuple(edge) for edge in part[OF].edge_index.numpy().T] == of
+    assert part["task"].described.tolist() == [0, 1, 0]
+    assert part.validate()
+    nothing = graph.part(np.zeros(0, np.int64))
+    assert nothing[OBSERVED].edge_index.shape == nothing[OF].edge_index.shape == (2, 0)
+
+
+def test_task_nodes_are_messages_from_their_queries_and_descriptions() -> None:
+    graph = random_graph(experts=4, queries=60)
+    tasks = fresh().tasks(graph.part(np.arange(60))).detach().numpy()
+    for task in range(3):
+        own = graph.x[graph.label == task]
+        told = np.repeat(graph.descriptions[[task]], 8, axis=0) if task == 1 else own[:0]
+        np.testing.assert_allclose(tasks[task], np.vstack([own, told]).mean(0), atol=1e-5)
+    few = graph.part(np.flatnonzero(graph.label == 0))
+    network = fresh().eval()
+    belongs = network.log_membership(few["query"].x, network.tasks(few)).exp().detach().numpy()
+    assert (belongs[:, 2] == 0).all()  # nothing is known of that task here
+    np.testing.assert_allclose(belongs.sum(1), 1, atol=1e-5)
 
 
 def test_steps_sample_a_large_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -345,7 +493,7 @@ def test_steps_sample_a_large_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(graph, some)
 
     monkeypatch.setattr(Graph, "part", part)
-    train_network(random_graph(experts=6, queries=300), np.eye(12, 5, dtype=np.float32), 3, OPTIONS, Checkpoint())
+    train_network(random_graph(experts=6, queries=300), fresh(), OPTIONS, Checkpoint())
     assert max(drawn) <= 40
 
 
