@@ -370,12 +370,9 @@ def _unknown_task() -> Json:
         ways["16 queries"] = {"examples": [table.train.texts[row] for row in few]}
         router = _fitted(rest, GraphRouter, {})
         found[task] = {what: _as_unknown(copy(router), table, task, given) for what, given in ways.items()}
+    shares = ("read_as_it", "others_read_as_it", "known", "quality_of_choice")
     mean = {
-        what: {
-            key: float(np.mean([ways[what][key] for ways in found.values()]))
-            for key in ways["no node"]
-            if key != "nearest"
-        }
+        what: {key: float(np.mean([of_task[what][key] for of_task in found.values()])) for key in shares}
         for what in ("no node", "description", "16 queries")
     }
     return {"tasks": found, "mean": mean}
