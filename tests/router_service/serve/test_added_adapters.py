@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Iterator
 
 import orjson
 import pytest
@@ -27,8 +28,8 @@ MANY = 24  # calls, so that each of two replicas gets some
 
 
 @pytest.fixture(scope="module")
-def fleet(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
-    """An encoder with two adapters, deployed with the first of them alone, in two replicas."""
+def fleet(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """An encoder with two adapters, deployed with the first of them alone, in two replicas, until these tests end."""
     from ray import serve
 
     from router_service.serve.applications import ExpertsArgs, experts, experts_app
@@ -40,7 +41,8 @@ def fleet(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
     (folder / "deployed.yaml").write_text(yaml.safe_dump({"experts": entries}))
     application = experts(ExpertsArgs(fleet=folder / "deployed.yaml", group="search"))
     serve.run_many([serve.RunTarget(application, experts_app("search"), None)])
-    return fleet
+    yield fleet
+    serve.delete(experts_app("search"))
 
 
 async def vectors(expert: Expert) -> list[list[float]]:
