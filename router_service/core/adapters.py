@@ -47,23 +47,23 @@ class Adapters:
         self._lock = asyncio.Lock()
 
     async def add(self, entry: FleetEntry) -> Registered:
-        """Load an adapter here, which checks it, and have all others load it. When this returns, it answers.
+        """Register an adapter and load it, which checks it: what fails is withdrawn. When this returns, it answers.
 
         Raises `ConflictError` where the name is taken, `BadRequestError` for what cannot be loaded, `StateError`.
         """
         async with self._lock:
             if entry.name in self._experts:
                 raise ConflictError(f"there is an expert {entry.name!r}", param="name")
+            one = await register(self._link, entry)  # before a byte is loaded: the name is ours, or another's
+            if one is None:
+                raise ConflictError(f"there is an adapter {entry.name!r}, on another base perhaps", param="name")
             try:
                 expert = await self._load(entry)
-            except ExpertConfigError as error:
-                raise BadRequestError(str(error), param="path") from error
-            try:
-                one = await register(self._link, entry)
-                if one is None:
-                    raise ConflictError(f"there is an adapter {entry.name!r}, on another base perhaps", param="name")
-            except (StateError, ConflictError):
-                await self._unload(entry)
+            except Exception as error:
+                with suppress(StateError):
+                    await withdraw(self._link, entry.name)
+                if isinstance(error, ExpertConfigError):
+                    raise BadRequestError(str(error), param="path") from error
                 raise
             self._take(one, expert)
             return one
@@ -78,7 +78,7 @@ class Adapters:
     async def sync(self) -> None:
         """Have what is registered, and nothing else. Raises `StateError`."""
         async with self._lock:
-            wanted = await registered(self._link)
+            wanted, unreadable = await registered(self._link)
             for name in [name for name, one in self.taken.items() if wanted.get(name) != one]:
                 one = self.taken.pop(name)
                 if self.faults.pop(name, None) is None:
@@ -87,6 +87,9 @@ class Adapters:
                     await self._unload(one.entry)
                     await expert.close()
                     logger.info("adapter %r is out of use", name)
+            for name in unreadable.keys() - self.faults.keys():
+                logger.error("adapter %r: %s", name, unreadable[name])
+            self.faults = {name: why for name, why in self.faults.items() if name in self.taken} | unreadable
             for name, one in wanted.items():
                 if name not in self.taken and one.source.base in self._experts:
                     await self._take_over(one)
@@ -110,6 +113,9 @@ class Adapters:
             logger.error("adapter %r cannot be loaded: %s", name, error)
         except ExpertError as error:
             logger.warning("adapter %r cannot be loaded yet: %s", name, error)
+        except Exception as error:  # whatever is wrong with one must not keep the others away
+            self.taken[name], self.faults[name] = one, f"{type(error).__name__}: {error}"
+            logger.exception("adapter %r cannot be loaded", name)
 
     def _take(self, one: Registered, expert: Expert) -> None:
         self.taken[one.entry.name] = one

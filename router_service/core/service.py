@@ -199,7 +199,7 @@ class Service:
             "routers": {slot.name: slot.fault or ("loaded" if slot.loaded else "loading") for slot in self._slots},
             "promotions": self._promotions(),
             "redis": "up" if self.link.up else "down",
-            "adapters": {name: self.adapters.faults.get(name, "loaded") for name in self.adapters.taken},
+            "adapters": dict.fromkeys(self.adapters.taken, "loaded") | self.adapters.faults,
             "ledger_spool_entries": self.ledger.depth,
         }
 

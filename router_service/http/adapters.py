@@ -35,7 +35,9 @@ async def list_adapters(service: Service, connection: Connection) -> None:
     """Say which were added, and what is wrong with those that cannot be loaded."""
     service.admission.authenticate(connection.header(b"authorization"))
     faults = service.adapters.faults
-    data = [{**_described(one), "fault": faults.get(name)} for name, one in service.adapters.taken.items()]
+    taken = service.adapters.taken
+    data = [{**_described(one), "fault": faults.get(name)} for name, one in taken.items()]
+    data += [{"object": "adapter", "name": name, "fault": faults[name]} for name in faults if name not in taken]
     await connection.send_json({"object": "list", "data": data})
 
 

@@ -94,13 +94,15 @@ class ExpertReplica:
         except ExpertError as error:
             return pack_error(error)
 
-    async def load_adapter(self, base: str, name: str, path: str, revision: str | None) -> Reply:
-        """Check an adapter and load it, before it is registered."""
+    async def load_adapter(self, base: str, name: str) -> Reply:
+        """Have the adapter `name`, which is registered, or say what is wrong with it."""
         try:
-            host = self._experts[base]
-            if not isinstance(host, AdapterHost):
+            if not isinstance(self._experts[base], AdapterHost):
                 raise ExpertConfigError(f"expert {base!r} takes no adapters while it runs")
-            await host.load_adapter(name, path, revision)
+            await self._take_over()
+            if self._adapters and (fault := self._adapters[1].faults.get(name)):
+                raise ExpertConfigError(fault)
+            await self._expert(name)
         except ExpertError as error:
             return pack_error(error)
         return ACCEPTED

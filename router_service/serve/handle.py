@@ -66,8 +66,8 @@ class HandleExpert:
         return unpack_reply(await self._within(request.timeout_s + _MARGIN_S, reply, self._late()))
 
     async def load_adapter(self, name: str, path: str, revision: str | None = None) -> None:
-        """Have one replica check an adapter and load it; the others do so once it is registered."""
-        reply = self._load_adapter.remote(self._name, name, path, revision)
+        """Have one replica load an adapter that is registered, which checks it; the others do so when it is needed."""
+        reply = self._load_adapter.remote(self._name, name)
         unpack_reply(await self._within(_LOAD_S, reply, self._late()))
 
     async def unload_adapter(self, name: str) -> None:

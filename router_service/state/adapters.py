@@ -47,12 +47,25 @@ async def withdraw(link: RedisLink, name: str) -> bool:
     return bool(await link.run(lambda client: cast("Any", client.hdel(link.key(_KEY), name))))
 
 
-async def registered(link: RedisLink) -> dict[str, Registered]:
-    """All adapters that were added, by name. Raises `StateError`."""
+async def registered(link: RedisLink) -> tuple[dict[str, Registered], dict[str, str]]:
+    """All adapters that were added, by name; and of those whose registration cannot be read, why. Raises `StateError`.
+
+    What one process wrote, another version of the service may not understand: that is no reason to lose the others.
+    """
     rows = cast("dict[bytes, bytes]", await link.run(lambda client: cast("Any", client.hgetall(link.key(_KEY)))))
-    return {name.decode(): _parse(value) for name, value in rows.items()}
+    found, unreadable = dict[str, Registered](), dict[str, str]()
+    for key, value in rows.items():
+        name = key.decode(errors="replace")
+        try:
+            found[name] = _parse(name, value)
+        except (ValueError, TypeError, KeyError) as error:
+            unreadable[name] = f"its registration cannot be read: {error!r}"
+    return found, unreadable
 
 
-def _parse(value: bytes) -> Registered:
+def _parse(name: str, value: bytes) -> Registered:
     data = orjson.loads(value)
-    return Registered(FleetEntry.model_validate(data["entry"]), float(data["at"]))
+    one = Registered(FleetEntry.model_validate(data["entry"]), float(data["at"]))
+    if one.entry.name != name or one.entry.adapter is None:
+        raise ValueError(f"it is of {one.entry.name!r}, or of no adapter")
+    return one

@@ -15,7 +15,7 @@ from experts.errors import ExpertError, ExpertUnavailableError
 from experts.expert import Expert, ExpertRequest
 from experts.fleet import AdapterSource, Fleet, FleetEntry
 from router_service.core.adapters import Adapters
-from router_service.errors import BadRequestError
+from router_service.errors import BadRequestError, ConflictError
 from router_service.state.link import RedisLink
 from tests.router_service.retrieving import retriever_fleet
 from tests.router_service.serve.asking import handle_expert
@@ -59,7 +59,10 @@ async def test_every_replica_loads_an_added_adapter_and_forgets_it(fleet: Fleet)
     def enlist(entry: FleetEntry, expert: Expert) -> None:
         experts[entry.name] = expert
 
-    adapters = Adapters(link, experts, enlist=enlist, dismiss=experts.pop)
+    def dismiss(name: str) -> None:
+        del experts[name]
+
+    adapters = Adapters(link, experts, enlist=enlist, dismiss=dismiss)
     entry = fleet.experts[2]
     built = build_group(fleet.groups[0])
     expected = (await vectors(built["med"]))[0]
@@ -72,6 +75,12 @@ async def test_every_replica_loads_an_added_adapter_and_forgets_it(fleet: Fleet)
     for found in await vectors(med):
         assert found == pytest.approx(expected, abs=2e-6)
     assert await med.healthy()
+
+    elsewhere = Adapters(link, {"search": experts["search"]}, enlist=enlist, dismiss=dismiss)
+    with pytest.raises(ConflictError, match="there is an adapter 'med'"):
+        await elsewhere.add(entry.model_copy(update={"adapter": fleet.experts[1].adapter}))
+    for found in await vectors(med):
+        assert found == pytest.approx(expected, abs=2e-6)
 
     await adapters.remove("med")
     assert "med" not in experts
