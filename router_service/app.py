@@ -25,11 +25,13 @@ def build_application(
     policies: Mapping[str, Policy],
     load: LoadRouter,
     own: frozenset[str] = frozenset(),
+    spaces: Mapping[str, str] | None = None,
 ) -> Application:
     """The ASGI application that serves `experts` under `policies`. Nothing runs before its lifespan begins.
 
     `load` loads each policy's router, in a thread, once the service has started; policies with the same choice of
     router share one. The service is not ready before the experts of `own`, which are hosted with it, have been up.
+    `spaces` says of experts that embed whose vectors theirs can be compared with (`Fleet.space`).
     `settings.redis_url` must be set: whoever has no Redis starts the embedded one and names its socket. Raises
     `SettingsError`, and `RouterConfigError` for a policy that does not fit the fleet.
     """
@@ -46,7 +48,9 @@ def build_application(
         settings.redis_url.get_secret_value(), prefix=settings.redis_prefix, timeout_s=settings.redis_timeout_s
     )
     plans = _plans(policies, cards, load, metrics)
-    service = Service(settings, link, experts=experts, cards=cards, plans=plans, metrics=metrics, own=own)
+    service = Service(
+        settings, link, experts=experts, cards=cards, plans=plans, metrics=metrics, own=own, spaces=spaces
+    )
     return Application(service)
 
 

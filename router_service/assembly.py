@@ -66,6 +66,7 @@ def assemble(
         policies=policies,
         load=load_fitted_router,
         own=frozenset(entry.name for entry in fleet.experts if not entry.remote),
+        spaces={entry.name: space for entry in fleet.experts if (space := fleet.space(entry))},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -100,6 +101,7 @@ class Metrics:
         self._first = cache(first.labels)
         self._decision = cache(decision.labels)
         self._call_seconds = cache(call_seconds.labels)
+        self._up = expert_up
         self._expert_up = cache(expert_up.labels)
         self._loads = cache(loads.labels)
 
@@ -138,6 +140,12 @@ class Metrics:
     def count_load(self, router: str, *, ok: bool) -> None:
         """Count one attempt to load a router."""
         self._loads(router, "ok" if ok else "error").inc()
+
+    def forget_expert(self, expert: str) -> None:
+        """No more say of an expert whether it is healthy: it is there no more."""
+        self._expert_up.cache_clear()
+        with suppress(KeyError):
+            self._up.remove(expert)
 
     def set_expert_up(self, expert: str, up: bool) -> None:
         """Note whether an expert is healthy."""

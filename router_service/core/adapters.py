@@ -27,6 +27,8 @@ _POLL_S = 1.0
 class Adapters:
     """The added adapters of the bases among `experts`; `enlist` and `dismiss` take each into use and out of it.
 
+    `check` raises `ExpertConfigError` for one that must not come into use, however well it loads.
+
     `faults` says of those that could not be loaded why.
     """
 
@@ -37,6 +39,7 @@ class Adapters:
         *,
         enlist: Callable[[FleetEntry, Expert], None],
         dismiss: Callable[[str], None],
+        check: Callable[[FleetEntry], None] = lambda _: None,
     ) -> None:
         self.faults: dict[str, str] = {}
         self.taken: dict[str, Registered] = {}
@@ -44,6 +47,7 @@ class Adapters:
         self._experts = experts
         self._enlist = enlist
         self._dismiss = dismiss
+        self._check = check
         self._lock = asyncio.Lock()
 
     async def add(self, entry: FleetEntry) -> Registered:
@@ -124,6 +128,7 @@ class Adapters:
 
     async def _load(self, entry: FleetEntry) -> Expert:
         """Raises `ExpertConfigError`, or another `ExpertError` where the base cannot be asked now."""
+        self._check(entry)
         source = entry.adapter
         host = self._experts.get(source.base) if source else None
         if source is None or not isinstance(host, AdapterHost):

@@ -43,7 +43,7 @@ class HealthMonitor:
         """An expert is there no more."""
         self.down -= {expert}
         self.seen -= {expert}
-        self._metrics.set_expert_up(expert, False)
+        self._metrics.forget_expert(expert)
 
     async def watch(self) -> None:
         """Look every few seconds; runs until cancelled."""
@@ -63,9 +63,9 @@ class HealthMonitor:
 
     async def look(self, experts: Iterable[str]) -> None:
         """Ask `experts`."""
-        asked = [name for name in experts if name in self._experts]
-        told = await asyncio.gather(*(self._healthy(name) for name in asked))
-        answers = {name: up for name, up in zip(asked, told, strict=True) if name in self._experts}
+        asked = {name: self._experts[name] for name in experts if name in self._experts}
+        told = await asyncio.gather(*map(_healthy, asked.values()))
+        answers = {name: up for name, up in zip(asked, told, strict=True) if self._experts.get(name) is asked[name]}
         names = frozenset(answers)
         asked_down = frozenset(name for name, up in answers.items() if not up)
         down = self.down - names | asked_down
@@ -76,9 +76,10 @@ class HealthMonitor:
         self.seen |= names - asked_down
         self.down, self.looked = down, True
 
-    async def _healthy(self, name: str) -> bool:
-        try:
-            async with asyncio.timeout(_PATIENCE_S):
-                return await self._experts[name].healthy()
-        except (ExpertError, TimeoutError, OSError):
-            return False
+
+async def _healthy(expert: Expert) -> bool:
+    try:
+        async with asyncio.timeout(_PATIENCE_S):
+            return await expert.healthy()
+    except (ExpertError, TimeoutError, OSError):
+        return False

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from experts.cards import ExpertCard
-from experts.errors import ExpertRequestError
+from experts.errors import ExpertConfigError, ExpertRequestError
 from experts.expert import Endpoint, Expert
 from experts.fleet import FleetEntry
 from experts.mixtures import is_mixture, parse_mixture
@@ -40,6 +40,7 @@ EMBEDDINGS_POLICY = "embeddings"
 class Service:
     """Experts, plans (policies in service) and state. `start` and `close` bracket its life.
 
+    `spaces` says of experts that embed whose vectors theirs can be compared with: equal, of one space.
     It is not ready before the experts of `own`, which this service hosts, have been up once.
     """
 
@@ -53,6 +54,7 @@ class Service:
         plans: Mapping[str, Plan],
         metrics: Metrics,
         own: frozenset[str],
+        spaces: Mapping[str, str] | None = None,
     ) -> None:
         self.settings = settings
         self.link = link
@@ -60,6 +62,7 @@ class Service:
         self.cards = {card.name: card for card in cards}
         self.experts = dict(experts)
         self._own = own
+        self._spaces = dict(spaces or {})
         self.plans = dict(plans)
         self.lanes = {
             name: Lane(self.cards[name], expert, limit=settings.max_calls_per_expert)
@@ -72,7 +75,9 @@ class Service:
         self.ledger = LedgerWriter(link, settings.data_folder / "spool", max_entries=settings.ledger_max_entries)
         self.index = SearchIndex(settings.index) if settings.index else None
         self.health = HealthMonitor(self.experts, metrics)
-        self.adapters = Adapters(link, self.experts, enlist=self._enlist, dismiss=self._dismiss)
+        self.adapters = Adapters(
+            link, self.experts, enlist=self._enlist, dismiss=self._dismiss, check=self._check_space
+        )
         self._slots: list[RouterSlot] = list({id(plan.slot): plan.slot for plan in plans.values()}.values())
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -116,14 +121,34 @@ class Service:
         self.lanes[card.name] = Lane(card, expert, limit=self.settings.max_calls_per_expert)
         self.experts[card.name] = expert
         self.cards[card.name] = card
+        if entry.base in self._spaces:
+            self._spaces[card.name] = self._spaces[entry.base]
         self._renew_plans()
 
     def _dismiss(self, name: str) -> None:
         """Route to an adapter no more; calls of it that are under way go on."""
         del self.lanes[name], self.cards[name]
         del self.experts[name]
+        self._spaces.pop(name, None)
         self._renew_plans()
         self.health.forget(name)
+
+    def _check_space(self, entry: FleetEntry) -> None:
+        """Raise `ExpertConfigError` where a policy would answer with an adapter's vectors beside another encoder's."""
+        space = self._spaces.get(entry.base or "")
+        for plan in self.plans.values() if space else ():
+            others = [card.name for card in plan.cards if plan.policy.admits(card)]
+            beside = [name for name in others if self._spaces.get(name, space) != space]
+            if beside and plan.policy.serves == "embeddings" and plan.policy.admits(entry.card):
+                raise ExpertConfigError(
+                    f"policy {plan.policy.name!r} would choose between {entry.name!r} and {beside[0]!r}, whose vectors "
+                    "are of different encoders and cannot be compared: have it allow those of one encoder alone"
+                )
+
+    def may_choose(self, expert: str) -> list[str]:
+        """The policies that may choose an expert: of its kind of work, with no list that leaves it out."""
+        card = self.cards[expert]
+        return [name for name, plan in self.plans.items() if card in plan.cards and plan.policy.admits(card)]
 
     def _renew_plans(self) -> None:
         """Have every policy choose among the cards that there are now; a decision under way keeps its own."""

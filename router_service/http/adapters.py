@@ -28,7 +28,7 @@ async def add_adapter(service: Service, connection: Connection) -> None:
     body = await connection.read_object(service.settings.max_body_bytes)
     with service.gate:
         one = await service.adapters.add(_entry(body, service))
-    await connection.send_json(_described(one), status=201)
+    await connection.send_json({**_described(one), "policies": service.may_choose(one.entry.name)}, status=201)
 
 
 async def list_adapters(service: Service, connection: Connection) -> None:

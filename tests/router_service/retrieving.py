@@ -70,6 +70,7 @@ async def retrieving(
     fields: dict[str, Any] | None = None,
     leave_out: Sequence[str] = (),
     environment: Mapping[str, str] | None = None,
+    spaces: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Running]:
     """The fleet's experts beside one that chats, with the policies `auto` and `embeddings`."""
     served = Fleet(experts=tuple(entry for entry in fleet.experts if entry.name not in leave_out))
@@ -85,6 +86,7 @@ async def retrieving(
         cards=cards,
         policies=(policy(), Policy.model_validate({"name": "embeddings", **POLICY, **(fields or {})})),
         load=lambda choice, _: router_of(fleet) if choice.name == "router_retriever" else best_router("chat", "chat"),
+        spaces=spaces,
         environment={**(environment or {}), **({"ROUTER_INDEX": str(index)} if index else {})},
     ) as running:
         yield running

@@ -106,6 +106,7 @@ async def serving(
     ready: bool = True,
     own: frozenset[str] = frozenset(),
     load: LoadRouter | None = None,
+    spaces: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Running]:
     settings = read_settings(environment or {}, redis_url=redis.url, data_folder=redis.folder, redis_timeout_s=0.5)
     names = [expert.name for expert in experts]
@@ -115,6 +116,7 @@ async def serving(
         cards=[card(name, **(cards or {}).get(name, {})) for name in names],
         policies={served.name: served for served in policies},
         own=own,
+        spaces=spaces,
         load=load or (lambda _, promoted: load_router(promoted) if promoted else best_router(good or names[0], *names)),
     )
     with socket.socket() as listener:

@@ -130,6 +130,8 @@ def train_retriever(
     names = [corpus.name for corpus in corpora]
     if len(set(names)) < len(names):
         raise TrainJobError(f"two corpora have the same folder name, which is their domain's: {names}")
+    for name in names:
+        _check_name(spec.base, name)
     keys = {corpus.name: domain_key(spec, corpus) for corpus in corpora}
     old = RetrieverManifest.read(spec.start) if spec.start else None
     run = _run_key(spec, keys, old)
@@ -264,7 +266,10 @@ class _Run:
     def _observe(self, corpora: Sequence[Corpus], domains: Mapping[str, Domain]) -> None:
         """What every expert makes of every domain's pilot queries; of a known domain, as it was observed before."""
         names = [self._spec.base, *(expert_name(self._spec.base, domain) for domain in domains)]
-        cards = [ExpertCard(name=name, kind="embedding", description=_describe(name, domains)) for name in names]
+        cards = [
+            ExpertCard(name=name, kind="embedding", description=_describe(name, self._spec.base, domains))
+            for name in names
+        ]
         files = EncoderFiles.find(self._spec.encoder)
         encoder = AdaptedEncoder(Encoder(files, self._spec.encoder))
         encoder.load({expert_name(self._spec.base, name): self._whole / "adapters" / name for name in domains})
@@ -316,6 +321,17 @@ def expert_name(base: str, domain: str) -> str:
     return f"{base}-{domain}"
 
 
+def _check_name(base: str, domain: str) -> None:
+    """Raise `TrainJobError` for a domain that could not be the name of an expert."""
+    try:
+        ExpertCard(name=expert_name(base, domain), kind="embedding")
+    except ValidationError as error:
+        raise TrainJobError(
+            f"the folder {domain!r} names its domain, and {expert_name(base, domain)!r} can be no expert's name "
+            f"({error.errors()[0]['msg']}): rename the folder"
+        ) from error
+
+
 def row_with(row: ObservedQuery, experts: Sequence[Observation]) -> ObservedQuery:
     """The row with these observations alone."""
     return ObservedQuery(id=row.id, query=row.query, split=row.split, task=row.task, experts=experts)
@@ -333,12 +349,12 @@ def embed_all(embedder: Embedder, texts: Sequence[str], step: str, on_progress: 
 def write_fleet(folder: Path, base: str, encoder: EmbedderConfig, domains: Mapping[str, Domain]) -> None:
     """The fleet file and the policy that serve a retriever in `folder`."""
     experts: list[dict[str, Any]] = [
-        {"name": base, "description": _describe(base, domains), "encoder": encoder.model_dump(mode="json")}
+        {"name": base, "description": _describe(base, base, domains), "encoder": encoder.model_dump(mode="json")}
     ]
     experts += [
         {
             "name": expert_name(base, name),
-            "description": _describe(expert_name(base, name), domains),
+            "description": _describe(expert_name(base, name), base, domains),
             "tags": [name],
             "adapter": {"base": base, "path": f"./adapters/{name}"},
         }
@@ -355,9 +371,9 @@ def write_fleet(folder: Path, base: str, encoder: EmbedderConfig, domains: Mappi
     _write(folder / "policies" / "embeddings.yaml", yaml.safe_dump(policy, sort_keys=False))
 
 
-def _describe(name: str, domains: Mapping[str, Domain]) -> str:
+def _describe(name: str, base: str, domains: Mapping[str, Domain]) -> str:
     for domain, made in domains.items():
-        if name.endswith(f"-{domain}"):
+        if name == expert_name(base, domain):
             return f"Embeds queries about {made.topic}."
     return "Embeds documents, and queries of any subject."
 

@@ -14,7 +14,7 @@ from experts.embedding.adapters import write_encoder
 from experts.fleet import Fleet
 from router_service.cli import app
 from router_service.cli.console import CommandError
-from tests.router_service.fakes import RedisProcess
+from tests.router_service.fakes import FakeExpert, RedisProcess
 from tests.router_service.retrieving import AIR, MED, retriever_fleet, retrieving, router_of
 from tests.router_service.serving import Running, eventually
 
@@ -144,6 +144,20 @@ async def test_what_cannot_be_added_is_refused_and_changes_nothing(
         assert "med" not in await names(service)
         gone = await service.client.delete("/v1/adapters/air")
         assert (gone.status_code, "no adapter 'air' was added" in gone.text) == (404, True)
+
+
+async def test_an_adapter_beside_another_encoder_is_refused(redis_server: RedisProcess, fleet: Fleet) -> None:
+    spaces = {"search": "here", "air": "here", "far": "there"}
+    far: dict[str, Any] = {"replaced": {"far": FakeExpert("far")}, "spaces": spaces, "leave_out": ["med"]}
+    for denied, status, said in (
+        (["search", "air"], 400, "choose between 'med' and 'far'"),
+        (["search", "air", "far"], 201, '"policies":["embeddings"]'),
+    ):
+        fields = {"constraints": {"deny": {"names": denied}}}
+        async with retrieving(redis_server, fleet, fields=fields, **far) as service:
+            response = await service.client.post("/v1/adapters", json=med(fleet))
+            assert (response.status_code, said in response.text) == (status, True), response.text
+            assert ("med" in await names(service)) == (status == 201)
 
 
 async def test_the_commands_do_the_same(

@@ -87,6 +87,22 @@ def test_what_is_written_can_be_served(work: Path) -> None:
     assert not (work / "three.part").exists()
 
 
+def test_a_folder_whose_name_no_expert_can_have_is_refused_at_once(encoder: EmbedderConfig, tmp_path: Path) -> None:
+    corpora = {"a b": save_corpus(tmp_path / "air", seed=0).rename(tmp_path / "a b")}
+    with pytest.raises(TrainJobError, match="'search-a b' can be no expert's name"):
+        train_retriever(spec(corpora, encoder, tmp_path / "out", "a b"))
+    assert not (tmp_path / "out.part").exists()
+
+
+def test_a_description_is_of_the_domain_itself_where_anothers_name_ends_alike(tmp_path: Path) -> None:
+    made = {"key": "", "documents": 1, "train_pairs": 1, "held_out_pairs": 1, "steps": 1, "scale": 1.0}
+    domains = {name: training.Domain(**made, held_out_ndcg={}, topic=f"topic of {name}") for name in ("law", "tax-law")}
+    training.write_fleet(tmp_path, "my-law", EmbedderConfig(), domains)
+    said = [card.description for card in load_fleet(tmp_path / "fleet.yaml").cards]
+    assert "any subject" in said[0]
+    assert ["topic of law" in said[1], "topic of tax-law" in said[2]] == [True, True]
+
+
 def test_another_domain_trains_itself_alone(work: Path) -> None:
     two, three = files(work / "two"), files(work / "three")
     for name in (name for name in two if name.startswith("adapters/")):
