@@ -20,6 +20,7 @@ from typing import Any
 from training.errors import TrainJobError
 
 _RUN = "run.json"
+REPORT_FILE = "report.json"
 
 
 @contextmanager
@@ -63,6 +64,27 @@ def publish(whole: Path, out: Path) -> None:
     _sync(whole)
     whole.rename(out)
     _sync(out.parent)
+
+
+def read_report(out: Path) -> dict[str, Any]:
+    """The report of a finished run. Raises `TrainJobError`."""
+    try:
+        report: dict[str, Any] = json.loads((out / REPORT_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise TrainJobError(f"{out} holds no report: {error}") from error
+    return report
+
+
+def last_checkpoint(work: Path) -> Path | None:
+    """The latest of a trainer's checkpoints in `work` that is whole."""
+    folders = (work / "checkpoints").glob("checkpoint-*")
+    whole = [folder for folder in folders if (folder / "trainer_state.json").exists()]
+    return max(whole, key=steps_of, default=None)
+
+
+def steps_of(checkpoint: Path | None) -> int:
+    """How many steps a checkpoint has behind it."""
+    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
 
 
 def read_json(path: Path, default: Any) -> Any:

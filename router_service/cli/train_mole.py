@@ -73,7 +73,7 @@ def _as_job(
     spec: MixtureSpec, config: Path, resume: bool, address: str | None, working_dir: Path | None, wait: bool
 ) -> dict[str, Any] | None:
     """The report that the job left in the shared folder; None where nobody waits for it."""
-    from training.mixing.train import read_report
+    from training.work_folder import read_report
 
     command = [*train_command("mole"), "--config", str(config), "--gate", spec.gate]
     command += ["--out", str(spec.out.resolve()), "--seed", str(spec.seed)]

@@ -72,7 +72,7 @@ def _as_job(
     spec: RouterR1Spec, config: Path, resume: bool, address: str | None, working_dir: Path | None, wait: bool
 ) -> dict[str, Any] | None:
     """The report that the job left in the shared folder; None where nobody waits for it."""
-    from training.router_r1.train import read_report
+    from training.work_folder import read_report
 
     command = [*train_command("router_r1"), "--config", str(config), "--policy", spec.policy, "--out", str(spec.out)]
     command += ["--seed", str(spec.seed), "--cost-weight", str(spec.cost_weight)]

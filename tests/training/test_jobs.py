@@ -33,10 +33,10 @@ from tests.training.tables import CARDS, small_table
 from training.errors import SubmitError
 from training.jobs import job_server
 from training.manifest import Manifest
-from training.mixing.train import read_report
 from training.observations import load_table
 from training.pocket.fleet import FLEET
 from training.pocket.grading import sample
+from training.work_folder import read_report
 
 COMMAND = [sys.executable, "-m", "router_service"]
 PATIENCE_S = 900.0

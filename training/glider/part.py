@@ -28,7 +28,8 @@ from training.glider.writer import write_instruction
 from training.manifest import package_versions
 from training.mixing.data import Example, read_examples
 from training.mixing.spec import MixtureSpec
-from training.mixing.train import build_mixture, load_base, read_report, train_mixture
+from training.mixing.train import build_mixture, load_base, train_mixture
+from training.work_folder import read_report
 
 PART_FILE = "part.json"
 OnProgress = Callable[[str, int, int], None]

@@ -25,13 +25,14 @@ from experts.mixing.post_hoc import glider_bias
 from training.errors import TrainJobError
 from training.mixing.data import Example, dataset, read_examples
 from training.mixing.spec import MixtureSpec
-from training.mixing.train import adamw, load_base, read_report, sft_config, train_mixture
+from training.mixing.train import adamw, load_base, sft_config, train_mixture
 from training.pocket.fleet import FLEET
 from training.pocket.generate import respond
 from training.pocket.grading import is_right, sample
 from training.pocket.questions import Question
 from training.pocket.skills import SKILLS
 from training.pocket.tokens import encode_pairs
+from training.work_folder import read_report
 
 logger = logging.getLogger(__name__)
 

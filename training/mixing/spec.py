@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from training.errors import TrainJobError
+from training.config_file import read_config
 
 
 class MixtureSpec(BaseModel):
@@ -66,19 +64,4 @@ class MixtureSpec(BaseModel):
 
 def read_spec(path: Path, **overrides: object) -> MixtureSpec:
     """The spec in a YAML or JSON file; `overrides` that are not None come first. Raises `TrainJobError`."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise TrainJobError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise TrainJobError(f"{path} must hold a mapping, not {type(content).__name__}")
-    given = {name: value for name, value in overrides.items() if value is not None}
-    try:
-        return MixtureSpec.model_validate(content | given)
-    except ValidationError as error:
-        raise TrainJobError(f"{path}: {_first(error.errors())}") from error
-
-
-def _first(errors: Sequence[Any]) -> str:
-    where = ".".join(str(part) for part in errors[0]["loc"])
-    return f"{where}: {errors[0]['msg']}" if where else str(errors[0]["msg"])
+    return read_config(path, MixtureSpec, overrides)

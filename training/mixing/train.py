@@ -18,9 +18,9 @@ from training.errors import TrainJobError
 from training.manifest import package_versions
 from training.mixing.data import dataset, read_examples
 from training.mixing.spec import MixtureSpec
+from training.work_folder import REPORT_FILE, last_checkpoint, steps_of
 
 OnProgress = Callable[[str, int, int], None]
-REPORT_FILE = "report.json"
 
 
 def train_mixture(
@@ -44,11 +44,11 @@ def train_mixture(
     with args.main_process_first(local=False):  # the others find the folder made
         _make_work_folder(part, spec, resume=resume or args.process_index > 0)
     trainer = _trainer(spec, mixture, tokenizer, rows, args, on_progress)
-    checkpoint = _last_checkpoint(part)
+    checkpoint = last_checkpoint(part)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if mixture.gate.learns_alone:  # nothing was decided by the gates so far
         trainer.record_decisions()
-    written = _report(spec, trainer, len(examples), spec.steps - _steps_of(checkpoint))
+    written = _report(spec, trainer, len(examples), spec.steps - steps_of(checkpoint))
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
         _save(mixture, written, part, spec.out)
@@ -62,15 +62,6 @@ def _save(mixture: Mixture, report: dict[str, Any], part: Path, out: Path) -> No
     out.parent.mkdir(parents=True, exist_ok=True)
     (part / "mixture").replace(out)
     shutil.rmtree(part)
-
-
-def read_report(out: Path) -> dict[str, Any]:
-    """The report of a finished run. Raises `TrainJobError`."""
-    try:
-        report: dict[str, Any] = json.loads((out / REPORT_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise TrainJobError(f"{out} holds no report: {error}") from error
-    return report
 
 
 def build_mixture(spec: MixtureSpec, model: Any) -> Mixture:
@@ -191,13 +182,3 @@ def _make_work_folder(part: Path, spec: MixtureSpec, *, resume: bool) -> None:
         raise TrainJobError(f"{part} is of a run with another configuration: go on with that, or use --no-resume")
     part.mkdir(parents=True, exist_ok=True)
     mark.write_text(described)
-
-
-def _last_checkpoint(part: Path) -> Path | None:
-    folders = (part / "checkpoints").glob("checkpoint-*")
-    whole = [folder for folder in folders if (folder / "trainer_state.json").exists()]
-    return max(whole, key=_steps_of, default=None)
-
-
-def _steps_of(checkpoint: Path | None) -> int:
-    return int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0

@@ -36,9 +36,9 @@ from training.router_r1.train import (
     load_policy,
     make_environment,
     outcome_of,
-    read_report,
     train_policy,
 )
+from training.work_folder import read_report
 
 logger = logging.getLogger(__name__)
 

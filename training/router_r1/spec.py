@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from experts.fleet import POCKET_FLEET
 from routers.strategies.router_r1.protocol import MAX_CALLS
-from training.errors import TrainJobError
+from training.config_file import read_config
 from training.router_r1.questions import Metric
 
 
@@ -106,18 +104,7 @@ class RouterR1Spec(_Model):
 
 def read_spec(path: Path, **overrides: object) -> RouterR1Spec:
     """The spec in a YAML or JSON file; `overrides` that are not None come first. Raises `TrainJobError`."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise TrainJobError(f"cannot read {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise TrainJobError(f"{path} must hold a mapping, not {type(content).__name__}")
-    given = {name: value for name, value in overrides.items() if value is not None}
-    try:
-        spec = RouterR1Spec.model_validate(content | given)
-    except ValidationError as error:
-        raise TrainJobError(f"{path}: {_first(error.errors())}") from error
-    return _at(spec, path.resolve().parent)
+    return _at(read_config(path, RouterR1Spec, overrides), path.resolve().parent)
 
 
 def _at(spec: RouterR1Spec, folder: Path) -> RouterR1Spec:
@@ -131,8 +118,3 @@ def _at(spec: RouterR1Spec, folder: Path) -> RouterR1Spec:
         tables = tuple(folder / table for table in spec.questions.tables)
         changed["questions"] = spec.questions.model_copy(update={"tables": tables})
     return spec.model_copy(update=changed)
-
-
-def _first(errors: Sequence[Any]) -> str:
-    where = ".".join(str(part) for part in errors[0]["loc"])
-    return f"{where}: {errors[0]['msg']}" if where else str(errors[0]["msg"])

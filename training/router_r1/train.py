@@ -29,9 +29,10 @@ from training.router_r1.questions import Asked, pocket_questions, table_question
 from training.router_r1.rewards import Outcome, Rewards
 from training.router_r1.rollout import Episode, Limits, roll_out
 from training.router_r1.spec import PocketSource, RouterR1Spec
+from training.work_folder import REPORT_FILE, last_checkpoint
 
 OnProgress = Callable[[str, int, int], None]
-REPORT_FILE, SAMPLES_FILE, CURVES = "report.json", "samples.jsonl", "curves"
+SAMPLES_FILE, CURVES = "samples.jsonl", "curves"
 _WINDOW_FILE = "costs.json"
 
 
@@ -52,7 +53,7 @@ def train_policy(
     try:
         run = Run(spec, tokenizer, questions, cards, environment, part)
         trainer = _trainer(spec, model, tokenizer, run, part, on_progress)
-        checkpoint = _last_checkpoint(part)
+        checkpoint = last_checkpoint(part)
         if checkpoint:
             run.resume(checkpoint)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -68,15 +69,6 @@ def train_policy(
     spec.out.parent.mkdir(parents=True, exist_ok=True)
     (part / "policy").replace(spec.out)
     shutil.rmtree(part)
-    return report
-
-
-def read_report(out: Path) -> dict[str, Any]:
-    """The report of a finished run. Raises `TrainJobError`."""
-    try:
-        report: dict[str, Any] = json.loads((out / REPORT_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise TrainJobError(f"{out} holds no report: {error}") from error
     return report
 
 
@@ -374,9 +366,3 @@ def _work_folder(spec: RouterR1Spec, resume: bool) -> Path:
     part.mkdir(parents=True, exist_ok=True)
     mark.write_text(described_as)
     return part
-
-
-def _last_checkpoint(part: Path) -> Path | None:
-    folders = (part / "checkpoints").glob("checkpoint-*")
-    whole = [folder for folder in folders if (folder / "trainer_state.json").exists()]
-    return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)

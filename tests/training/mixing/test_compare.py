@@ -11,11 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from training.errors import TrainJobError
 from training.mixing.compare import RATES, Comparison, chosen, right_token_by_token, run
-from training.mixing.train import REPORT_FILE
 from training.pocket.fleet import FLEET
 from training.pocket.generate import respond
 from training.pocket.grading import is_right, sample
 from training.pocket.tokens import build_tokenizer
+from training.work_folder import REPORT_FILE
 
 
 def test_the_best_rate_is_chosen_and_the_smaller_of_equals() -> None:

@@ -19,9 +19,10 @@ from experts.mixing.balance import auxiliary_loss
 from router_service.cli import app
 from training.errors import TrainJobError
 from training.mixing.spec import MixtureSpec
-from training.mixing.train import build_mixture, load_base, read_report, sft_config, train_mixture
+from training.mixing.train import build_mixture, load_base, sft_config, train_mixture
 from training.pocket.fleet import FLEET
 from training.pocket.grading import sample
+from training.work_folder import read_report
 
 BASE = FLEET / "base"
 

@@ -18,7 +18,8 @@ from training.errors import TrainJobError
 from training.router_r1.measure import measure_policy
 from training.router_r1.questions import table_questions
 from training.router_r1.spec import RouterR1Spec, TableSource, read_spec
-from training.router_r1.train import CURVES, SAMPLES_FILE, grpo_config, read_report, train_policy
+from training.router_r1.train import CURVES, SAMPLES_FILE, grpo_config, train_policy
+from training.work_folder import read_report
 
 CONFIGS = POCKET_FLEET.parent.parent / "router_r1"
 
