@@ -40,9 +40,10 @@ class SlotCache(Cache):  # type: ignore[misc]
     def reserve(self, slots: int) -> None:
         """Have at least so many slots."""
         if slots > self.slots:
-            self.slots = min(self._most, max(slots, 2 * self.slots, _FIRST_SLOTS))
+            more = min(self._most, max(slots, 2 * self.slots, _FIRST_SLOTS))
             for layer in self.layers:
-                layer.resize(self.slots)
+                layer.resize(more)
+            self.slots = more
 
     def read_in(self, slot: int, prompt: DynamicCache, row: int, tokens: int) -> None:
         """Copy the last `tokens` tokens of a row of another cache."""

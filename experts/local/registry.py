@@ -81,6 +81,10 @@ class AdapterRegistry:
 
     def mixture(self, wanted: MixtureName, bias: Mapping[str, float]) -> Mixture:
         """What a mixture's name stands for; `bias` is the request's for its gate. Raises `ExpertRequestError`."""
+        with self._lock:
+            return self._mixture(wanted, bias)
+
+    def _mixture(self, wanted: MixtureName, bias: Mapping[str, float]) -> Mixture:
         if wanted.gate is not None:
             return self._gated(wanted.gate, bias)
         if bias:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -10,6 +9,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from experts.errors import ExpertRequestError
+from experts.mixtures import MOST_WEIGHT
 
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions; chats are bounded by the context alone
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -77,7 +77,7 @@ class _Body(BaseModel):
 
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, ge=0, le=1)
-    top_k: int | None = Field(default=None, ge=-1)
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31)
     min_p: float | None = Field(default=None, ge=0, le=1)
     max_tokens: int | None = Field(default=None, ge=1)
     stop: Annotated[list[_Stop], Field(max_length=4)] | _Stop | None = None
@@ -143,12 +143,15 @@ def gate_bias(body: Mapping[str, Any]) -> dict[str, float]:
     bias = body.get("gate_bias")
     if bias is None:
         return {}
-    if not isinstance(bias, Mapping) or not all(
-        isinstance(value, (int, float)) and math.isfinite(value) for value in bias.values()
-    ):
-        message = "gate_bias: must be an object of adapters' names with finite numbers"
+    if not isinstance(bias, Mapping) or not all(map(_is_weight, bias.values())):
+        message = f"gate_bias: must be an object of adapters' names with numbers of at most {MOST_WEIGHT:g}"
         raise ExpertRequestError(message, param="gate_bias", code="invalid_value")
     return {name: float(value) for name, value in bias.items()}
+
+
+def _is_weight(value: object) -> bool:
+    """Whether it is a number that may weigh something; NaN is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -MOST_WEIGHT <= value <= MOST_WEIGHT
 
 
 def _checked(schema: type[B], body: Mapping[str, Any]) -> B:

@@ -56,12 +56,12 @@ class Pace:
     adapter_loads: int = 0
 
     def work(self, tokens: int) -> Work:
-        """What is told of a job that made `tokens` tokens."""
+        """What is told of a job that made `tokens` tokens after the first of each answer."""
         decoding = self.ended - self.first_token
         return Work(
             queue_s=self.admitted - self.submitted,
             first_token_s=self.first_token - self.submitted,
-            tokens_per_s=tokens / decoding if decoding > 0 else 0.0,
+            tokens_per_s=max(0, tokens) / decoding if decoding > 0 else 0.0,
             batch_size=self.rows / self.steps if self.steps else 1.0,
             cache_use=self.cache_use,
             adapter_hits=self.adapter_hits,
