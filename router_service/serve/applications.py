@@ -6,6 +6,7 @@ changed while the others stay. A Serve config names the same builders (`deploy/s
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from pathlib import Path
@@ -74,6 +75,7 @@ class ExpertReplica:
         self._experts = build_group(group)
         self._restartable = group.head.local is not None
         self._adapters = _added_adapters(self._experts)
+        self._catching_up: asyncio.Task[bool] | None = None
 
     async def generate(self, name: str, request: Request) -> AsyncIterator[Reply]:
         """The reply of the expert `name`, part by part, after the word that it is in work."""
@@ -99,7 +101,8 @@ class ExpertReplica:
         try:
             if not isinstance(self._experts[base], AdapterHost):
                 raise ExpertConfigError(f"expert {base!r} takes no adapters while it runs")
-            await self._take_over()
+            if not await self._take_over():
+                raise ExpertUnavailableError("what is registered cannot be read now", retry_after_s=1.0)
             if self._adapters and (fault := self._adapters[1].faults.get(name)):
                 raise ExpertConfigError(fault)
             await self._expert(name)
@@ -117,12 +120,14 @@ class ExpertReplica:
     async def check_health(self) -> None:
         """Serve's question. A local model that is not healthy gets a new replica; a remote one is as well off here.
 
-        It comes every few seconds, and is when adapters that were removed are unloaded.
+        It comes every few seconds, and is when adapters that were removed or replaced are seen to. Serve gives up on
+        a replica that is long in answering, so the answer does not wait for what has to be loaded.
         """
-        await self._take_over()
+        if self._catching_up is None or self._catching_up.done():
+            self._catching_up = asyncio.create_task(self._take_over())
         if self._restartable:
-            for name, expert in self._experts.items():
-                if not await expert.healthy():
+            for name, expert in list(self._experts.items()):
+                if not await expert.healthy() and self._experts.get(name) is expert:
                     raise RuntimeError(f"expert {name!r} is not healthy")
 
     async def _expert(self, name: str) -> Expert:
@@ -133,13 +138,15 @@ class ExpertReplica:
             raise ExpertUnavailableError(f"expert {name!r} is not loaded here", retry_after_s=1.0)
         return self._experts[name]
 
-    async def _take_over(self) -> None:
-        """Have the adapters that are registered, as far as that can be known now."""
+    async def _take_over(self) -> bool:
+        """Have the adapters that are registered; whether that can be known now."""
         if self._adapters:
             link, adapters = self._adapters
             if link.up or await link.probe():
                 with suppress(StateError):
                     await adapters.sync()
+                    return True
+        return False
 
     async def __del__(self) -> None:
         for expert in getattr(self, "_experts", {}).values():
