@@ -90,9 +90,7 @@ class Metrics:
             ("expert", "result"),
             registry=registry,
         )
-        self._speed = cache(speed.labels)
-        self._engine = [cache(queue.labels), cache(first_token.labels), self._speed]
-        self._engine += [cache(batch.labels), cache(cache_use.labels)]
+        self._engine = [cache(one.labels) for one in (queue, first_token, speed, batch, cache_use)]
         self._adapters = cache(adapters.labels)
         self._requests = cache(requests.labels)
         self._calls = cache(calls.labels)
@@ -131,7 +129,7 @@ class Metrics:
         """Count how an engine of our own came by one answer."""
         values = (work.queue_s, work.first_token_s, work.tokens_per_s, work.batch_size, work.cache_use)
         for histogram, value in zip(self._engine, values, strict=True):
-            if value or histogram is not self._speed:  # an answer of one token has no speed
+            if value is not None:
                 histogram(expert).observe(value)
         self._adapters(expert, "hit").inc(work.adapter_hits)
         self._adapters(expert, "load").inc(work.adapter_loads)

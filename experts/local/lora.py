@@ -80,7 +80,7 @@ def read_adapter(folder: Path, model: HasLayers) -> dict[str, LoraWeights]:
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExpertConfigError(f"adapter_config.json cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ExpertConfigError("adapter_config.json does not describe a LoRA adapter (peft_type)")

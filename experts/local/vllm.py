@@ -202,13 +202,17 @@ class VllmEngine:
         """Raise `ExpertUnavailableError` if another job would have to be refused."""
         if not self.alive:
             raise ExpertUnavailableError("the engine has stopped")
-        if sum(job.generation.n for job in self._under_way.values()) >= self._most:
+        if self._answers >= self._most:
             raise ExpertUnavailableError(f"{self._most} answers are under way", retry_after_s=_RETRY_AFTER_S)
+
+    @property
+    def _answers(self) -> int:
+        """How many are under way."""
+        return sum(job.generation.n for job in self._under_way.values())
 
     def submit(self, job: Job) -> None:
         """Begin a job, on the event loop of its caller. Raises `ExpertUnavailableError`."""
         self.check_room(job.tenant)
-        job.pace.admitted = time.perf_counter()
         for i in range(len(job.prompts)):
             task = job.loop.create_task(self._run(job, i))
             self._under_way[task] = job
@@ -242,6 +246,8 @@ class VllmEngine:
             async for output in outputs:
                 job.pace.first_token = job.pace.first_token or time.perf_counter()
                 job.pace.ended = time.perf_counter()
+                job.pace.steps += 1
+                job.pace.rows += self._answers
                 for completion in output.outputs:
                     job.replies.put_nowait(writer.piece(completion))
                 if job.cancelled:

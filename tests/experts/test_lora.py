@@ -200,6 +200,7 @@ def _first(tensors: dict[str, torch.Tensor], side: str) -> str:
         (_config(modules_to_save=["lm_head"]), "modules_to_save"),
         (_config(init_lora_weights="pissa"), "pissa"),
         (_config(peft_type="IA3"), "LoRA"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[" * 100_000), "cannot be read"),
         (_config(r=8), "shape"),
         (_config(r="four"), "r 'four'"),
         (_config(r=True), "r True"),

@@ -129,7 +129,10 @@ async def test_room_is_counted_by_answers(engine: StandInEngine, llama: Path) ->
     runs: Any = expert
     assert len(runs._engine._under_way) == 7
     runs._engine.check_room("")
-    assert await seven
+    [part] = await seven
+    assert part.work
+    assert part.work.batch_size > 1
+    assert (part.work.queue_s, part.work.cache_use) == (None, None)
     await expert.close()
 
 
