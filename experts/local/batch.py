@@ -23,6 +23,10 @@ PREFILL_CHUNK = 512
 _LENGTHS = (256, 1024, 4096, 16384, 65536, 262144)
 """Answers step together with others up to the same of these lengths: a short one does not pay for a long one."""
 
+_SOON = 64
+_MOVES = 1
+"""So many answers that will need a longer place within so many tokens get it in a turn."""
+
 _SAME = 0.03
 """Relative difference of logits that rounding explains, in half precision."""
 
@@ -166,8 +170,15 @@ class Batch:
         self._add(other.rows[i], int(other._tokens[i]), other._ends[i])
 
     def outgrown(self) -> list[int]:
-        """The rows that have no place for another token."""
-        return [i for i, end in enumerate(self._ends) if end >= self.length]
+        """The rows that have no place for another token, and a few that soon will have none.
+
+        Rows that began together would have to go together, and all answers would wait for it.
+        """
+        outgrown = [i for i, end in enumerate(self._ends) if end >= self.length]
+        if self.length == self._model.longest:
+            return outgrown
+        soon = [i for i, end in enumerate(self._ends) if self.length - _SOON <= end < self.length]
+        return sorted(outgrown + soon[: max(0, _MOVES - len(outgrown))])
 
     def step(self) -> None:
         """One token more for each row."""
@@ -211,7 +222,7 @@ class Batch:
 
     def _new_slot(self) -> int:
         """A slot for another row; that is added once its keys and values are there, for which memory may lack."""
-        self._cache.reserve(len(self.rows) + 1)
+        self._cache.reserve(len(self.rows) + 1, max(self._ends, default=0))
         return len(self.rows)
 
     def _add(self, row: Row, first: int, tokens: int) -> None:
@@ -288,7 +299,7 @@ def can_share(model: LocalModel) -> bool:
     device = model.device
     prompts = [[0], [0, 0, 0, 0]]
     together = SlotCache(model.layers, most=2, length=8, device=device)
-    together.reserve(2)
+    together.reserve(2, 0)
     alone = []
     for slot, prompt in enumerate(prompts):
         cache, tokens = model.new_cache(), torch.tensor([prompt], device=device)

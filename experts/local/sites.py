@@ -215,7 +215,8 @@ class Site:
 
 def _by_slot(stack: AdapterStack, slots: int) -> tuple[Tensor, Tensor]:
     """A stack's A [S, slots, R, d] and B [slots, R, o]."""
-    return stack.A.unflatten(1, (slots, -1)), stack.B.unflatten(0, (slots, -1))
+    rows = stack.max_rank
+    return stack.A.view(-1, slots, rows, stack.A.shape[2]), stack.B.view(slots, rows, -1)
 
 
 class SiteLinear(nn.Module):

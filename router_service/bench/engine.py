@@ -340,16 +340,16 @@ class _Gaps:
         """Within, note steps and gaps."""
         original = batch.Batch.step
 
-        def step(batch_: batch.Batch) -> None:
+        def step(of: batch.Batch) -> None:
             started = time.perf_counter()
             if self._ended is not None:
                 ended, loads, load_s = self._ended
                 self.gaps.append((started - ended, self._pool.loads - loads, self._pool.load_s - load_s))
-            original(batch_)
+            original(of)
             self._ended = (time.perf_counter(), self._pool.loads, self._pool.load_s)
             self.steps.append(self._ended[0] - started)
 
-        batch.Batch.step = step  # type: ignore[method-assign]
+        batch.Batch.step = step  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:

@@ -139,6 +139,24 @@ async def test_adapters_are_copied_a_few_at_a_time_between_two_steps(
     assert await other == expected
 
 
+async def test_answers_that_outgrow_their_place_together_move_one_after_the_other(
+    base: LocalExpert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved: Counter[int] = Counter()
+    pull = Batch.pull
+
+    def noting_pull(self: Batch, *args: Any) -> None:
+        moved[engine(base)._steps] += 1
+        pull(self, *args)
+
+    requests = [ask("x", model=f"m+a{i}", **ENDLESS) for i in range(8)]
+    expected = [await text_of(base, request) for request in requests]
+    monkeypatch.setattr(Batch, "pull", noting_pull)
+    assert await asyncio.gather(*(text_of(base, request) for request in requests)) == expected
+    assert sum(moved.values()) == 8
+    assert max(moved.values()) == 1
+
+
 async def test_steps_go_on_while_an_adapter_is_registered(
     base: LocalExpert, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
