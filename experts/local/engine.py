@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -53,6 +54,7 @@ class Engine:
         self._alone: list[Alone] = []
         self._outbox: list[tuple[Job, Piece | ExpertError]] = []
         self._steps = self._stepped_rows = 0
+        self._step_s = 0.0  # how long the last step of all took
         self._free = max_batch  # as the last turn left it, for other threads to see
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"expert-{name}", daemon=True)
@@ -167,13 +169,17 @@ class Engine:
     def _admit(self) -> None:
         """Begin to read the prompts of waiting jobs, while there is room for all rows of one and for its adapters.
 
-        Where answers grow, no more begin in a turn once so many adapters were copied that these would wait for it.
+        Where answers grow, no more begin in a turn once a few adapters were copied, or that took as long as a step.
         """
         pool = self._model.pool
         with self._changed:
             self._free = self.max_batch - len(self._rows())
-        most_loads = pool.loads + (_COPIES if self._growing() else pool.slots)
-        while self._free and pool.loads < most_loads and (job := self._next()) is not None:
+        hurried = bool(self._growing())
+        most_loads = pool.loads + (_COPIES if hurried else pool.slots)
+        most_load_s = pool.load_s + (self._step_s if hurried else math.inf)
+        while self._free and pool.loads < most_loads and pool.load_s <= most_load_s:
+            if (job := self._next()) is None:
+                return
             if not job.cancelled and self._guarded(partial(self._acquire, job), [job]):
                 self._begin(job)
 
@@ -286,6 +292,7 @@ class Engine:
 
     def _step(self) -> None:
         self._move_outgrown()
+        started = time.perf_counter()
         for steps in self._growing():
             rows = list(steps.rows)
             self._steps += 1
@@ -296,6 +303,7 @@ class Engine:
             for row in rows:
                 if row.finished:
                     self._end(row, now)
+        self._step_s = time.perf_counter() - started
 
     def _move_outgrown(self) -> None:
         for one in list(self._batches.values()):

@@ -36,6 +36,7 @@ class AdapterRegistry:
         self._gates: dict[str, GateMixture] = {}
         self._short: dict[str, set[str]] = {}
         self._lock = threading.Lock()
+        self._reading = threading.Lock()  # one at a time: each more would take the interpreter from who generates
 
     @property
     def names(self) -> list[str]:
@@ -48,7 +49,7 @@ class AdapterRegistry:
         It is read and checked first; one of the same name is replaced, and returned if it was an adapter. `short` lets
         the last part of `path` name it too. Raises `ExpertConfigError`.
         """
-        with local_copy(path, revision) as folder:
+        with local_copy(path, revision) as folder, self._reading:
             if (folder / GATE_FILE).exists():
                 gate, adapter = load_mixture(self._model.linears.skeleton(), folder), None
             else:
