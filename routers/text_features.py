@@ -47,6 +47,11 @@ class TextFeatures:
     scale: FloatArray
     projection: FloatArray
 
+    @property
+    def size(self) -> int:
+        """How many features a text has."""
+        return self.centre.size + self.projection.shape[1] - 1
+
     @classmethod
     def fit(cls, texts: Sequence[str], seed: int) -> Self:
         """Learn what is usual in `texts`."""
@@ -58,7 +63,7 @@ class TextFeatures:
     def __call__(self, texts: Sequence[str]) -> FloatArray:
         """The features of `texts`, row by row."""
         shapes = self.centre.size
-        found = np.zeros((len(texts), shapes + self.projection.shape[1] - 1), np.float32)
+        found = np.zeros((len(texts), self.size), np.float32)
         found[:, :shapes] = (_shapes(texts) - self.centre) * self.scale
         for at, words in _word_counts(texts):
             weights = words.weights * self.projection[words.bucket, 0]
@@ -99,11 +104,10 @@ class TextFeatures:
     def restore(cls, artefact: Artefact) -> Self:
         """From an artefact."""
         shapes = _shapes([""]).shape[1]
-        return cls(
-            artefact.array("text.centre", shapes),
-            artefact.array("text.scale", shapes),
-            artefact.array("text.projection", _BUCKETS, None),
-        )
+        projection = artefact.known("text.projection", _BUCKETS, None)
+        if not projection.shape[1]:
+            artefact.refuse("lacks the inverse document frequencies of words")
+        return cls(artefact.known("text.centre", shapes), artefact.known("text.scale", shapes), projection)
 
 
 # Shapes
