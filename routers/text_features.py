@@ -83,8 +83,9 @@ class TextFeatures:
         found = np.zeros((words.texts, self.projection.shape[1] - 1), np.float32)
         if found.shape[1] <= _FEW_DIRECTIONS:
             some = np.flatnonzero(np.diff(first))
-            every = self.projection[words.bucket, 1:] * weights[:, None]
-            found[some] = np.add.reduceat(every, first[some]) if len(some) else 0
+            every = self.projection.take(words.bucket, axis=0)
+            every *= weights[:, None]
+            found[some] = np.add.reduceat(every, first[some])[:, 1:] if len(some) else 0
             return found
         for row, start, end in zip(found, first[:-1].tolist(), first[1:].tolist(), strict=True):
             row[:] = (weights[start:end] @ self.projection.take(words.bucket[start:end], axis=0))[1:]
@@ -119,14 +120,14 @@ def _shapes(texts: Sequence[str]) -> FloatArray:
     texts = [text[:_MOST_CHARS] for text in texts]
     chars = np.array([len(text) for text in texts], np.intp)
     row = np.repeat(np.arange(len(texts)), chars + 1)
-    code = _looked_up("".join(text + "\n" for text in texts), _CODES, _code)
+    code = _looked_up("\n".join([*texts, ""]), _CODES, _code)
     counts = np.bincount(row * 16 + code, minlength=16 * len(texts)).reshape(-1, 16).astype(np.float64)
     counts[:, _NEWLINE] -= 1  # the one between texts
     begin, end = _runs(code == _DIGIT)
     numbers, longest = np.bincount(row[begin], minlength=len(texts)), np.zeros(len(texts), np.intp)
     np.maximum.at(longest, row[begin], end - begin)
-    split = [text.split() for text in texts]
-    words, distinct = (np.array(list(map(len, found)), np.intp) for found in (split, map(set, split)))
+    split = [(len(found), len(set(found))) for found in map(str.split, texts)]
+    words, distinct = np.array(split, np.intp).reshape(-1, 2).T
     several = np.column_stack([length, words, counts[:, _NEWLINE:][:, : len(_MARKS)], numbers])
     letters = chars - counts[:, _SPACE] - counts[:, _NEWLINE]
     chars, words = np.maximum(chars, 1), np.maximum(words, 1)
@@ -157,14 +158,15 @@ def _signs(text: str) -> tuple[bool, bool, bool]:
     return text.isascii(), _OPTION.search(text) is not None, code and _CODE.search(text) is not None
 
 
-def _looked_up(text: str, table: Bytes, of: Callable[[str], int]) -> Bytes:
-    """`of` of each character, which `table` [128] has for ASCII."""
+def _looked_up(text: str, table: bytes, of: Callable[[str], int]) -> Bytes:
+    """`of` of each character, which `table` has for ASCII."""
+    looked_up = np.frombuffer(text.encode("ascii", "replace").translate(table), np.uint8)
     if text.isascii():
-        return table[np.frombuffer(text.encode(), np.uint8)]
+        return looked_up
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    strange = points > 127
+    strange = np.flatnonzero(points > 127)
     found, where = np.unique(points[strange], return_inverse=True)
-    looked_up = table[np.minimum(points, 127)]
+    looked_up = looked_up.copy()
     looked_up[strange] = np.array([of(chr(point)) for point in found], np.uint8)[where]
     return looked_up
 
@@ -176,7 +178,7 @@ def _runs(inside: npt.NDArray[np.bool_]) -> tuple[Places, Places]:
     return change[::2], change[1::2]
 
 
-_CODES = np.array([_code(chr(point)) for point in range(128)], np.uint8)
+_CODES = bytes(_code(chr(point)) for point in range(256))
 
 
 # Words
@@ -204,12 +206,13 @@ def _word_counts(texts: Sequence[str]) -> Iterator[tuple[int, _Words]]:
 def _count_words(texts: Sequence[str]) -> _Words:
     row, hashes, pairs = _hashed(texts)
     same = row[1:] == row[:-1]
-    keys = np.concatenate([row * _BUCKETS + hashes % _BUCKETS, (row[1:] * _BUCKETS + pairs % _BUCKETS)[same]])
-    keys = np.sort(keys.astype(np.int32))
+    rows = np.concatenate([row, row[1:][same]])
+    buckets = np.concatenate([hashes, pairs[same]]) % _BUCKETS
+    order = np.lexsort((buckets.astype(np.uint16), rows.astype(np.uint16)))  # of 16 bits: a radix sort
+    keys = (rows * _BUCKETS + buckets)[order]
     first = np.flatnonzero(np.diff(keys, prepend=-1))
-    row, bucket = np.divmod(keys[first].astype(np.intp), _BUCKETS)
-    often = np.diff(first, append=len(keys)).astype(np.float32)
-    return _Words(len(texts), row, bucket, 1 + np.log(often))
+    keys, often = keys[first], np.diff(first, append=len(keys)).astype(np.float32)
+    return _Words(len(texts), keys // _BUCKETS, keys % _BUCKETS, 1 + np.log(often))
 
 
 def _hashed(texts: Sequence[str]) -> tuple[Places, Hashes, Hashes]:
@@ -217,30 +220,35 @@ def _hashed(texts: Sequence[str]) -> tuple[Places, Hashes, Hashes]:
 
     A pair's hash goes on from its first word's, with a space and the second word.
     """
-    lowered = [text[:_MOST_CHARS].lower() for text in texts]
-    joined = "".join([text + "\n" for text in lowered])
-    raw = np.frombuffer(joined.encode("utf-8", "surrogatepass"), np.uint8)
-    kind = _looked_up(joined, _KINDS, _kind)
-    row = np.repeat(np.arange(len(texts)), [len(text) + 1 for text in lowered])
+    encoded = [text[:_MOST_CHARS].lower().encode("utf-8", "surrogatepass") for text in texts]
+    joined = b"\n".join([*encoded, b""])
+    raw, kind = np.frombuffer(joined, np.uint8), np.frombuffer(joined.translate(_KINDS), np.uint8)
     first = (raw & 0xC0) != 0x80  # bytes of a character
-    if len(raw) > len(kind):
-        char = np.cumsum(first) - 1
-        kind, row = kind[char], row[char]
+    if not joined.isascii():
+        strange = np.flatnonzero(raw > 127)
+        sizes = np.diff(np.flatnonzero(first[strange]), append=len(strange))
+        kind = kind.copy()
+        kind[strange] = _looked_up(raw[strange].tobytes().decode("utf-8", "surrogatepass"), _KINDS, _kind).repeat(sizes)
     goes_on = (kind == _IN_WORD) & (np.append(_BETWEEN, kind[:-1]) == _IN_WORD)
     inside = np.flatnonzero(kind != _BETWEEN)
     begin = np.flatnonzero((first & ~goes_on)[inside])
     lengths = np.diff(begin, append=len(inside))
+    row = np.repeat(np.arange(len(texts)), [len(text) + 1 for text in encoded])[inside[begin]]
     if not len(begin):
-        return row[:0], np.zeros(0, np.uint32), np.zeros(0, np.uint32)
-    behind = np.repeat(begin + lengths, lengths) - np.arange(1, len(inside) + 1)  # bytes of its word after each
+        return row, np.zeros(0, np.uint32), np.zeros(0, np.uint32)
     table = _crc_table(int(lengths.max()).bit_length())
-    said = np.bitwise_xor.reduceat(table.take(((behind + 3) << 8) + raw[inside]), begin)
+    place = np.repeat(
+        (begin + lengths + 2) << 8, lengths
+    )  # in the table, by how many bytes of its word are behind each
+    place -= np.arange(0, len(inside) << 8, 1 << 8)
+    place += raw[inside]
+    said = np.bitwise_xor.reduceat(table.take(place), begin)
     whole = np.uint32(0xFFFFFFFF)
     counts = np.arange(lengths.max() + 1)
     hashes = whole ^ said ^ _advanced(np.full(len(counts), whole), counts, table)[lengths]
     second = lengths[1:]
     pairs = whole ^ said[1:] ^ table[((second + 3) << 8) + ord(" ")] ^ _advanced(whole ^ hashes[:-1], second + 1, table)
-    return row[inside[begin]], hashes, pairs
+    return row, hashes, pairs
 
 
 _BETWEEN, _IN_WORD, _MARK = range(3)
@@ -252,7 +260,7 @@ def _kind(char: str) -> int:
     return _BETWEEN if char.isspace() else _MARK
 
 
-_KINDS = np.array([_kind(chr(point)) for point in range(128)], np.uint8)
+_KINDS = bytes(_kind(chr(point)) for point in range(256))
 
 
 @cache
