@@ -26,7 +26,7 @@ Hashes = npt.NDArray[np.uint32]
 
 _MOST_CHARS = 2000  # read of a text, so that a decision stays far below a millisecond
 _TEXTS_AT_ONCE = 1024
-_BUCKETS = 4096
+_BUCKETS = 4096  # a power of 2
 _DIRECTIONS = 128
 _FEW_DIRECTIONS = 64  # are summed for all texts at once, more text by text: what is the quicker
 _SHAPE_WEIGHT, _WORD_WEIGHT = 0.5, 1.0  # beside an embedding of length 1
@@ -121,7 +121,8 @@ def _shapes(texts: Sequence[str]) -> FloatArray:
     chars = np.array([len(text) for text in texts], np.intp)
     row = np.repeat(np.arange(len(texts)), chars + 1)
     code = _looked_up("\n".join([*texts, ""]), _CODES, _code)
-    counts = np.bincount(row * 16 + code, minlength=16 * len(texts)).reshape(-1, 16).astype(np.float64)
+    some = np.flatnonzero(code != _OTHER)
+    counts = np.bincount(row[some] * 16 + code[some], minlength=16 * len(texts)).reshape(-1, 16).astype(np.float64)
     counts[:, _NEWLINE] -= 1  # the one between texts
     begin, end = _runs(code == _DIGIT)
     numbers, longest = np.bincount(row[begin], minlength=len(texts)), np.zeros(len(texts), np.intp)
@@ -207,12 +208,11 @@ def _count_words(texts: Sequence[str]) -> _Words:
     row, hashes, pairs = _hashed(texts)
     same = row[1:] == row[:-1]
     rows = np.concatenate([row, row[1:][same]])
-    buckets = np.concatenate([hashes, pairs[same]]) % _BUCKETS
+    buckets = np.concatenate([hashes, pairs[same]]) & np.uint32(_BUCKETS - 1)
     order = np.lexsort((buckets.astype(np.uint16), rows.astype(np.uint16)))  # of 16 bits: a radix sort
-    keys = (rows * _BUCKETS + buckets)[order]
-    first = np.flatnonzero(np.diff(keys, prepend=-1))
-    keys, often = keys[first], np.diff(first, append=len(keys)).astype(np.float32)
-    return _Words(len(texts), keys // _BUCKETS, keys % _BUCKETS, 1 + np.log(often))
+    first = np.flatnonzero(np.diff((rows * _BUCKETS + buckets)[order], prepend=-1))
+    often, once = np.diff(first, append=len(order)).astype(np.float32), order[first]
+    return _Words(len(texts), rows[once], buckets[once].astype(np.intp), 1 + np.log(often))
 
 
 def _hashed(texts: Sequence[str]) -> tuple[Places, Hashes, Hashes]:
@@ -229,17 +229,18 @@ def _hashed(texts: Sequence[str]) -> tuple[Places, Hashes, Hashes]:
         sizes = np.diff(np.flatnonzero(first[strange]), append=len(strange))
         kind = kind.copy()
         kind[strange] = _looked_up(raw[strange].tobytes().decode("utf-8", "surrogatepass"), _KINDS, _kind).repeat(sizes)
-    goes_on = (kind == _IN_WORD) & (np.append(_BETWEEN, kind[:-1]) == _IN_WORD)
+    in_word = kind == _IN_WORD
+    goes_on = in_word & np.concatenate([[False], in_word[:-1]])
     inside = np.flatnonzero(kind != _BETWEEN)
     begin = np.flatnonzero((first & ~goes_on)[inside])
     lengths = np.diff(begin, append=len(inside))
-    row = np.repeat(np.arange(len(texts)), [len(text) + 1 for text in encoded])[inside[begin]]
+    ends = np.cumsum([len(text) + 1 for text in encoded])
+    row = np.arange(len(texts)).repeat(np.diff(inside[begin].searchsorted(ends), prepend=0))
     if not len(begin):
         return row, np.zeros(0, np.uint32), np.zeros(0, np.uint32)
     table = _crc_table(int(lengths.max()).bit_length())
-    place = np.repeat(
-        (begin + lengths + 2) << 8, lengths
-    )  # in the table, by how many bytes of its word are behind each
+    # places in the table, by how many bytes of its word are behind each
+    place = np.repeat((begin + lengths + 2) << 8, lengths)
     place -= np.arange(0, len(inside) << 8, 1 << 8)
     place += raw[inside]
     said = np.bitwise_xor.reduceat(table.take(place), begin)
