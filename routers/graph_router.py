@@ -474,7 +474,8 @@ def _into_bounds(quality: FloatArray, trained_on: int) -> FloatArray:
     trained = quality[:, :trained_on]
     above = np.maximum(trained.max(1, keepdims=True) - 1, 0)
     below = np.maximum(above - trained.min(1, keepdims=True), 0)
-    return np.clip(quality - above + below, 0, 1)
+    moved: FloatArray = np.clip(quality - above + below, 0, 1)
+    return moved
 
 
 def _reach(cosines: FloatArray, membership: FloatArray) -> FloatArray:

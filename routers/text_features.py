@@ -50,7 +50,7 @@ class TextFeatures:
     @property
     def size(self) -> int:
         """How many features a text has."""
-        return self.centre.size + self.projection.shape[1] - 1
+        return int(self.centre.size + self.projection.shape[1] - 1)
 
     @classmethod
     def fit(cls, texts: Sequence[str], seed: int) -> Self:
@@ -105,10 +105,11 @@ class TextFeatures:
     def restore(cls, artefact: Artefact) -> Self:
         """From an artefact."""
         shapes = _shapes([""]).shape[1]
-        projection = artefact.known("text.projection", _BUCKETS, None)
-        if not projection.shape[1]:
-            artefact.refuse("lacks the inverse document frequencies of words")
-        return cls(artefact.known("text.centre", shapes), artefact.known("text.scale", shapes), projection)
+        return cls(
+            artefact.known("text.centre", shapes),
+            artefact.known("text.scale", shapes),
+            artefact.known("text.projection", _BUCKETS, None),
+        )
 
 
 # Shapes

@@ -343,6 +343,7 @@ def test_tasks_are_read_off_the_text(router: GraphRouter, table: Observations) -
     assert np.mean([guess.task == task for guess, task in zip(found, table.tasks, strict=True)]) > 0.95
     assert np.mean([guess.known for guess in found]) > 0.95
     assert {guess.made_of for guess in found if guess.known} == {"queries"}
+    assert {type(guess.known) for guess in found} == {bool}  # so that it can be written as JSON
     for guess in found:
         assert next(iter(guess.nearest)) == guess.task
         assert sum(guess.nearest.values()) == pytest.approx(1, abs=0.03)
