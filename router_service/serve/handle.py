@@ -61,9 +61,15 @@ class HandleExpert:
                 replies.cancel()
 
     async def embed(self, request: ExpertRequest) -> Part:
-        """Answer an embeddings request."""
-        reply = self._embed.remote(self._name, pack_request(request))
-        return unpack_reply(await self._within(request.timeout_s + _MARGIN_S, reply, self._late()))
+        """Answer an embeddings request; a caller who no longer waits ends it in its replica."""
+        asked = self._embed.remote(self._name, pack_request(request))
+        reply: Reply | None = None
+        try:
+            reply = await self._within(request.timeout_s + _MARGIN_S, asked, self._late())
+            return unpack_reply(reply)
+        finally:
+            if reply is None:
+                asked.cancel()
 
     async def load_adapter(self, name: str, path: str, revision: str | None = None) -> None:
         """Have one replica load an adapter that is registered, which checks it; the others do so when it is needed."""

@@ -125,9 +125,8 @@ def test_every_system_is_measured(work: Path, corpora: dict[str, Path]) -> None:
         "bm25", "base", "mean", "max", "softmax", "classifier", "dataset_oracle", "query_oracle",
     }  # fmt: skip
     oracle = measured.systems["query_oracle"]["mixed"]["ndcg@10"]
-    for system in ("mean", "max", "softmax", "dataset_oracle"):
-        if "search" not in measured.routed[system]:
-            assert (measured.systems[system]["mixed"]["ndcg@10"] <= oracle + 1e-9).all()
+    for system in ("base", "mean", "max", "softmax", "dataset_oracle"):
+        assert (measured.systems[system]["mixed"]["ndcg@10"] <= oracle + 1e-9).all()
     assert all(((v >= 0) & (v <= 1)).all() for s in measured.systems.values() for i in s.values() for v in i.values())
 
 
@@ -203,7 +202,7 @@ def test_an_adapter_knows_its_encoder(work: Path, tmp_path: Path) -> None:
     encoder.load({"air": folder})
     shorter = config.model_copy(update={"max_tokens": 16})
     other = AdaptedEncoder(Encoder(EncoderFiles.find(shorter), shorter))
-    with pytest.raises(ExpertConfigError, match=r"adapter 'air' .*it was trained on the encoder"):
+    with pytest.raises(ExpertConfigError, match="adapter 'air': it was trained on the encoder"):
         other.load({"air": folder})
 
 
