@@ -1,6 +1,7 @@
 """`/v1/adapters`: adapters on the models and encoders in service, added and removed while it runs.
 
-POST    {"name", "base", "path", "revision"?, any field of the card}
+POST    {"name", "base", "path", "revision"?, any field of the card}; `path` is an absolute folder, an fsspec URL or a
+        name on the hub, where alone there are revisions
 GET     those that were added
 DELETE  /v1/adapters/NAME
 """
