@@ -63,13 +63,14 @@ class HandleExpert:
     async def embed(self, request: ExpertRequest) -> Part:
         """Answer an embeddings request; a caller who no longer waits ends it in its replica."""
         asked = self._embed.remote(self._name, pack_request(request))
-        reply: Reply | None = None
+        answered = False
         try:
-            reply = await self._within(request.timeout_s + _MARGIN_S, asked, self._late())
-            return unpack_reply(reply)
+            reply: Reply = await self._within(request.timeout_s + _MARGIN_S, asked, self._late())
+            answered = True
         finally:
-            if reply is None:
+            if not answered:
                 asked.cancel()
+        return unpack_reply(reply)
 
     async def load_adapter(self, name: str, path: str, revision: str | None = None) -> None:
         """Have one replica load an adapter that is registered, which checks it; the others do so when it is needed."""

@@ -15,7 +15,7 @@ from experts.fleet import load_fleet
 from routers.checkpoint import Checkpoint
 from routers.policy import load_policies
 from routers.registry import load_router
-from tests.experts.embedding.encoders import save_encoder
+from tests.experts.embedding.encoders import save_encoder, save_lora
 from tests.training.retriever.corpora import DOMAINS, save_corpus, save_judged
 from training.errors import TrainJobError
 from training.observations import read_rows
@@ -128,6 +128,23 @@ def test_every_system_is_measured(work: Path, corpora: dict[str, Path]) -> None:
     for system in ("base", "mean", "max", "softmax", "dataset_oracle"):
         assert (measured.systems[system]["mixed"]["ndcg@10"] <= oracle + 1e-9).all()
     assert all(((v >= 0) & (v <= 1)).all() for s in measured.systems.values() for i in s.values() for v in i.values())
+
+
+def test_the_querys_oracle_may_choose_the_base(
+    work: Path, corpora: dict[str, Path], encoder: EmbedderConfig, tmp_path: Path
+) -> None:
+    """Where adapters are as bad as any, the base serves some queries better than all of them."""
+    retriever = Retriever(work / "three")
+    wrong = {
+        retriever.expert(name): save_lora(Path(encoder.model), tmp_path / name, seed=seed)
+        for seed, name in enumerate(retriever.domains)
+    }
+    retriever._encoder.load(wrong)
+    base = training.shared_embedder(retriever.manifest.encoder)
+    collections = Collections.read(list(corpora.values()), lambda _, texts: base.embed(texts))
+    systems = evaluate(retriever, collections).systems
+    for index in ("alone", "mixed"):
+        assert (systems["base"][index]["ndcg@10"] <= systems["query_oracle"][index]["ndcg@10"] + 1e-9).all()
 
 
 def test_a_finished_retriever_is_left_as_it_is_and_another_is_refused(
