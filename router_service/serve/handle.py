@@ -61,16 +61,9 @@ class HandleExpert:
                 replies.cancel()
 
     async def embed(self, request: ExpertRequest) -> Part:
-        """Answer an embeddings request; a caller who no longer waits ends it in its replica."""
-        asked = self._embed.remote(self._name, pack_request(request))
-        answered = False
-        try:
-            reply: Reply = await self._within(request.timeout_s + _MARGIN_S, asked, self._late())
-            answered = True
-        finally:
-            if not answered:
-                asked.cancel()
-        return unpack_reply(reply)
+        """Answer an embeddings request."""
+        reply = self._embed.remote(self._name, pack_request(request))
+        return unpack_reply(await self._within(request.timeout_s + _MARGIN_S, reply, self._late()))
 
     async def load_adapter(self, name: str, path: str, revision: str | None = None) -> None:
         """Have one replica load an adapter that is registered, which checks it; the others do so when it is needed."""
