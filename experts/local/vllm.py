@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from experts.adapter_files import local_copy
 from experts.errors import ExpertConfigError, ExpertRequestError, ExpertUnavailableError
 from experts.expert import Expert
 from experts.fleet import ExpertGroup, LocalSource
@@ -22,7 +23,6 @@ from experts.local.expert import LocalExpert, Runtime, wanted_by
 from experts.local.mixture import Mixture
 from experts.local.model import load_tokenizer, sampling_defaults
 from experts.local.prompt import ChatPrompt
-from experts.local.registry import local_copy
 from experts.local.request import Generation, SamplingDefaults
 from experts.local.row import FinishReason, Job, Logprob, Piece
 from experts.local.sampling import TokenLogprob

@@ -32,6 +32,8 @@ from router_service.state.link import RedisLink
 
 logger = logging.getLogger(__name__)
 
+_CANCEL_S = 0.1
+
 DEFAULT_POLICY = "auto"
 EMBEDDINGS_POLICY = "embeddings"
 """What the model `auto` means where embeddings are asked for."""
@@ -93,9 +95,10 @@ class Service:
         """Let nobody in, wait for requests under way, and put all that was recorded where it is safe."""
         await self.gate.close(self.settings.shutdown_grace_s)
         await self.ledger.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._tasks:  # `asyncio.wait_for`, which redis-py uses, may swallow a cancellation before Python 3.12
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks, timeout=_CANCEL_S)
         for slot in self._slots:
             slot.close()
         for expert in self.experts.values():

@@ -6,6 +6,7 @@ changed while the others stay. A Serve config names the same builders (`deploy/s
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from pathlib import Path
@@ -74,6 +75,7 @@ class ExpertReplica:
         self._experts = build_group(group)
         self._restartable = group.head.local is not None
         self._adapters = _added_adapters(self._experts)
+        self._taking_over: asyncio.Task[None] | None = None
 
     async def generate(self, name: str, request: Request) -> AsyncIterator[Reply]:
         """The reply of the expert `name`, part by part, after the word that it is in work."""
@@ -117,11 +119,15 @@ class ExpertReplica:
     async def check_health(self) -> None:
         """Serve's question. A local model that is not healthy gets a new replica; a remote one is as well off here.
 
-        It comes every few seconds, and is when adapters that were removed are unloaded.
+        It comes every few seconds, and is when adapters that were added or removed are loaded or unloaded: beside it,
+        since to fetch one may take longer than Serve waits for an answer.
         """
-        await self._take_over()
+        if self._taking_over is None or self._taking_over.done():
+            if self._taking_over is not None:
+                self._taking_over.result()  # raises what went wrong there
+            self._taking_over = asyncio.create_task(self._take_over())
         if self._restartable:
-            for name, expert in self._experts.items():
+            for name, expert in list(self._experts.items()):
                 if not await expert.healthy():
                     raise RuntimeError(f"expert {name!r} is not healthy")
 
