@@ -92,6 +92,9 @@ class AdapterRegistry:
 
     def _gated(self, name: str, bias: Mapping[str, float]) -> Mixture:
         gate = self._find(name, self._gates)
+        if bias and not gate.gate.takes_bias:
+            message = f"gate_bias: gate {name!r} is of the method {gate.gate.method!r}, which takes no bias"
+            raise ExpertRequestError(message, param="gate_bias", code="invalid_value")
         if unknown := sorted(set(bias) - set(gate.adapters)):
             message = f"gate_bias: gate {name!r} has no adapter {unknown[0]!r}; it has {', '.join(gate.adapters)}"
             raise ExpertRequestError(message, param="gate_bias", code="invalid_value")

@@ -23,6 +23,7 @@ from router_service.core.calls import Lane
 from router_service.core.health import HealthMonitor
 from router_service.core.routing import Plan, RouterSlot, able, watch_promotions
 from router_service.core.search import SearchIndex
+from router_service.core.steering import Steering
 from router_service.errors import BadRequestError, ModelNotFoundError, StateError
 from router_service.metrics import Metrics
 from router_service.settings import Settings
@@ -43,6 +44,7 @@ class Service:
     """Experts, plans (policies in service) and state. `start` and `close` bracket its life.
 
     `spaces` says of experts that embed whose vectors theirs can be compared with: equal, of one space.
+    `steering` says what the gates of experts are told.
     It is not ready before the experts of `own`, which this service hosts, have been up once.
     """
 
@@ -57,7 +59,9 @@ class Service:
         metrics: Metrics,
         own: frozenset[str],
         spaces: Mapping[str, str] | None = None,
+        steering: Mapping[str, Steering] | None = None,
     ) -> None:
+        steering = steering or {}
         self.settings = settings
         self.link = link
         self.metrics = metrics
@@ -67,7 +71,7 @@ class Service:
         self._spaces = dict(spaces or {})
         self.plans = dict(plans)
         self.lanes = {
-            name: Lane(self.cards[name], expert, limit=settings.max_calls_per_expert)
+            name: Lane(self.cards[name], expert, limit=settings.max_calls_per_expert, steering=steering.get(name))
             for name, expert in experts.items()
         }
         self.admission = Admission(settings, link)

@@ -147,6 +147,7 @@ async def test_without_a_replica_a_request_does_not_wait_for_the_next_one() -> N
 
 
 def replica_pid(application: str) -> int:
-    """The process of one of an application's replicas, among those that Ray started for this test."""
+    """The process of one of an application's replicas, among those of this test's own Ray."""
     title = f"ray::ServeReplica:{application}:Experts"
-    return next(p.pid for p in psutil.process_iter(["cmdline"]) if title in " ".join(p.info["cmdline"] or []))
+    own = psutil.Process().children(recursive=True)
+    return next(p.pid for p in own if title in " ".join(p.cmdline()))
