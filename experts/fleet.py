@@ -74,8 +74,8 @@ class LocalSource(_Model):
 class EncoderSource(_Model):
     """A text encoder in sentence-transformers' layout, from a folder or the hub: it and its adapters make embeddings.
 
-    Texts are cut to `max_tokens`; `pooling` is what the model was trained with. Texts beyond `max_queue` that would
-    wait make the expert unavailable.
+    Texts are cut to `max_tokens`; `pooling` is what the model was trained with. The expert
+    is unavailable to a request with which more than `max_queue` texts would wait or be computed.
     """
 
     model: str = Field(default=DEFAULT_MODEL, min_length=1)
@@ -85,7 +85,7 @@ class EncoderSource(_Model):
 
 
 class AdapterSource(_Model):
-    """A PEFT adapter (folder or hub name) on the model of the local entry, or of the encoder, named `base`."""
+    """A PEFT adapter (folder, fsspec URL or hub name) on the model of the local entry, or the encoder, named `base`."""
 
     base: str = Field(min_length=1)
     path: str = Field(min_length=1)

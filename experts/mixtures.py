@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from experts.errors import ExpertRequestError
 
 MOST_WEIGHT = 1e6
-"""No weight or bias means more, and float32 has room for it."""
+"""No weight means more, and float32 has room for it."""
 
 _GATE = "gate:"
 

@@ -8,6 +8,7 @@ from experts.cards import ExpertCard
 from experts.expert import Expert
 from router_service.core.routing import LoadRouter, Plan, RouterSlot, able
 from router_service.core.service import DEFAULT_POLICY, Service
+from router_service.core.steering import Steering
 from router_service.errors import SettingsError
 from router_service.http.application import Application
 from router_service.metrics import Metrics
@@ -26,12 +27,14 @@ def build_application(
     load: LoadRouter,
     own: frozenset[str] = frozenset(),
     spaces: Mapping[str, str] | None = None,
+    steering: Mapping[str, Steering] | None = None,
 ) -> Application:
     """The ASGI application that serves `experts` under `policies`. Nothing runs before its lifespan begins.
 
     `load` loads each policy's router, in a thread, once the service has started; policies with the same choice of
     router share one. The service is not ready before the experts of `own`, which are hosted with it, have been up.
-    `spaces` says of experts that embed whose vectors theirs can be compared with (`Fleet.space`).
+    `spaces` says of experts that embed whose vectors theirs can be compared with (`Fleet.space`), `steering` what gates
+    are told (`read_steering`).
     `settings.redis_url` must be set: whoever has no Redis starts the embedded one and names its socket. Raises
     `SettingsError`, and `RouterConfigError` for a policy that does not fit the fleet.
     """
@@ -49,7 +52,15 @@ def build_application(
     )
     plans = _plans(policies, cards, load, metrics)
     service = Service(
-        settings, link, experts=experts, cards=cards, plans=plans, metrics=metrics, own=own, spaces=spaces
+        settings,
+        link,
+        experts=experts,
+        cards=cards,
+        plans=plans,
+        metrics=metrics,
+        own=own,
+        spaces=spaces,
+        steering=steering,
     )
     return Application(service)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from experts.expert import Expert
 from experts.fleet import Fleet
 from router_service.app import build_application
-from router_service.core.steering import steered
+from router_service.core.steering import read_steering
 from router_service.http.application import Application
 from router_service.log import configure_logging
 from router_service.settings import Settings
@@ -61,12 +61,13 @@ def assemble(
     configure_logging(as_json=settings.log_json)
     return build_application(
         settings,
-        experts=steered(fleet, experts),
+        experts=experts,
         cards=fleet.cards,
         policies=policies,
         load=load_fitted_router,
         own=frozenset(entry.name for entry in fleet.experts if not entry.remote),
         spaces={entry.name: space for entry in fleet.experts if (space := fleet.space(entry))},
+        steering=read_steering(fleet),
     )
 
 

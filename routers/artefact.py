@@ -51,6 +51,13 @@ class Artefact:
             self.refuse(f"has infinite values in array {name!r}")
         return array
 
+    def known(self, name: str, *shape: int | None) -> AnyArray:
+        """As `array`, and no value may be NaN either."""
+        array = self.array(name, *shape)
+        if array.dtype.kind == "f" and np.isnan(array).any():
+            self.refuse(f"has unknown values in array {name!r}")
+        return array
+
     def refuse(self, what: str) -> NoReturn:
         """Raise `RouterConfigError` about this folder."""
         raise RouterConfigError(f"router artefact {str(self.folder)!r} {what}")

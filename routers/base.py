@@ -357,15 +357,15 @@ class _View:
 
 def _input_tokens(queries: Sequence[Query]) -> FloatArray:
     """Tokens at 4 characters each, [B, 1]."""
-    return np.array([[q.input_tokens or len(q.text) / _CHARS_PER_TOKEN] for q in queries], np.float32).reshape(-1, 1)
+    return np.array([q.input_tokens or len(q.text) / _CHARS_PER_TOKEN for q in queries], np.float32)[:, None]
 
 
 def _choices(queries: Sequence[Query]) -> FloatArray:
     """How many answers each caller wants, [B, 1]."""
-    return np.array([[q.choices] for q in queries], np.float32).reshape(-1, 1)
+    return np.array([q.choices for q in queries], np.float32)[:, None]
 
 
 def _limits(queries: Sequence[Query]) -> FloatArray:
     """The most output tokens each caller allows, [B, 1]."""
-    limits = [[math.inf if q.max_output_tokens is None else q.max_output_tokens] for q in queries]
-    return np.array(limits, np.float32).reshape(-1, 1)
+    limits = [math.inf if q.max_output_tokens is None else q.max_output_tokens for q in queries]
+    return np.array(limits, np.float32)[:, None]

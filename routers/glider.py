@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +36,6 @@ Source = Literal["instruction", "query"]
 """What was compared with the experts: an instruction that was written for the query, or the query itself."""
 
 _NEVER = 2.0  # a bound that no cosine passes
-_LEFT_OUT = -1e9
 _FEWEST_FOR_A_BOUND = 4  # examples
 
 
@@ -73,9 +72,20 @@ class Guidance:
     why: str = ""
 
     @property
-    def gate_bias(self) -> dict[str, float]:
-        """The bias as JSON, which has no infinity: what is left out is so far below that nothing of it is left."""
-        return {name: max(bias, _LEFT_OUT) for name, bias in self.bias.items()}
+    def gate_bias(self) -> dict[str, float | None]:
+        """The bias as JSON, which has no infinity: null leaves an adapter out."""
+        return {name: None if bias == -np.inf else bias for name, bias in self.bias.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The guidance as JSON."""
+        return {
+            "scores": dict(self.scores),
+            "gate_bias": self.gate_bias,
+            "sure": self.sure,
+            "source": self.source,
+            "instruction": self.instruction,
+            "why": self.why,
+        }
 
 
 class GliderRouter(FittedRouter[GliderConfig]):

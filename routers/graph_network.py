@@ -93,6 +93,7 @@ class GraphNetwork(nn.Module):
     def log_membership(self, x: Tensor, tasks: Tensor) -> Tensor:
         """Log of how much each query of features `x` [B, F] belongs to each of the task nodes [T, F]: [B, T]."""
         there = ~tasks.isnan().any(1)
+        there |= ~there.any()  # where no task has a node in a sample, learnt offsets alone say where they lie
         kept = nn.functional.dropout(torch.ones(len(self.projection), 1), self._dropout, self.training)
         projection = kept * self.projection  # features are dropped for a whole step: a mask for each query costs more
         places = tasks.nan_to_num() @ projection + self.offsets

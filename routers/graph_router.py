@@ -16,11 +16,11 @@ import json
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from experts.cards import ExpertCard
 from routers.artefact import AnyArray, Artefact
@@ -57,6 +57,8 @@ _LEAST_SHARE = 0.01
 _KNOWN_SHARE = 0.99  # of a task's train queries count as like it
 
 Labels = npt.NDArray[np.int64]
+
+_TASK_NODES = TypeAdapter(tuple[TaskNode, ...])
 
 
 class GraphRouterConfig(RouterConfig):
@@ -122,7 +124,7 @@ class GraphRouter(FittedRouter[GraphRouterConfig]):
         """What each of `texts` is read as, and whether it is like anything that was trained on."""
         embeddings = self._embed(texts)
         membership = self._membership(texts, embeddings)
-        known, nodes = self._known(embeddings, membership), self._tasks.nodes
+        known, nodes = self._known(embeddings, membership).tolist(), self._tasks.nodes
         most = [nodes[task] for task in membership.argmax(1)]
         return [
             TaskGuess(
@@ -227,7 +229,6 @@ class GraphRouter(FittedRouter[GraphRouterConfig]):
         return {
             **self._text.arrays(),
             "graph.centre": self._centre,
-            "graph.embedded": np.array([self._embedded]),
             "graph.task_nodes": np.frombuffer(described, np.uint8),
             "graph.task_features": self._tasks.features,
             "graph.task_offsets": self._tasks.offsets,
@@ -244,33 +245,43 @@ class GraphRouter(FittedRouter[GraphRouterConfig]):
 
     def _restore(self, artefact: Artefact) -> None:
         self._text = TextFeatures.restore(artefact)
-        features = artefact.array("graph.task_features", None, None)
-        (tasks, size), experts = features.shape, len(self.cards)
-        self._centre = artefact.array("graph.centre", size)
-        self._embedded = int(artefact.array("graph.embedded", 1)[0])
-        nodes = _task_nodes(artefact.array("graph.task_nodes", None).tobytes())
-        if nodes is None or len(nodes) != tasks:
-            artefact.refuse(f"does not say what its {tasks} task nodes are")
-        projection = artefact.array("graph.projection", size, None)
+        self._embedded = self._require().prior.descriptions.shape[1]
+        size, experts = self._embedded + self._text.size, len(self.cards)
+        nodes = self._restored_task_nodes(artefact)
+        tasks = len(nodes)
+        self._centre = artefact.known("graph.centre", size)
+        features = artefact.known("graph.task_features", tasks, size)
+        projection = artefact.known("graph.projection", size, None)
         self._tasks = Tasks(
             nodes,
             features,
-            artefact.array("graph.task_offsets", tasks, projection.shape[1]),
-            artefact.array("graph.task_bias", tasks),
-            artefact.array("graph.reach", tasks),
+            artefact.known("graph.task_offsets", tasks, projection.shape[1]),
+            artefact.known("graph.task_bias", tasks),
+            artefact.known("graph.reach", tasks),
             projection,
         )
-        self._task_counts_as = artefact.array("graph.task_counts_as", OUTCOMES)
-        self._link = artefact.array("graph.link", 2)
+        self._task_counts_as = artefact.known("graph.task_counts_as", OUTCOMES)
+        self._link = artefact.known("graph.link", 2)
         self._nodes = Nodes(
-            artefact.array("graph.levels", OUTCOMES, experts),
-            artefact.array("graph.task_states", OUTCOMES, tasks, experts),
-            artefact.array("graph.counts", tasks, experts),
+            artefact.known("graph.levels", OUTCOMES, experts),
+            artefact.known("graph.task_states", OUTCOMES, tasks, experts),
+            artefact.known("graph.counts", tasks, experts),
         )
-        self._trained_on = int(artefact.array("graph.trained_on", 1)[0])
+        self._trained_on = int(artefact.known("graph.trained_on", 1)[0])
+        if not 1 <= self._trained_on <= experts:
+            artefact.refuse(f"was trained on {self._trained_on} of its {experts} experts")
         self._make_ready()
 
     # Inside
+
+    def _restored_task_nodes(self, artefact: Artefact) -> tuple[TaskNode, ...]:
+        try:
+            nodes = _TASK_NODES.validate_json(artefact.array("graph.task_nodes", None).tobytes())
+        except ValidationError as error:
+            artefact.refuse(f"does not say what its task nodes are: {error}")
+        if not nodes:
+            artefact.refuse("has no task nodes")
+        return nodes
 
     def _labels(self, table: Observations, embeddings: FloatArray) -> tuple[Labels, list[str]]:
         """Each query's task [Q], -1 where no label is known, and the tasks' names; clusters where no label tells."""
@@ -373,7 +384,7 @@ class GraphRouter(FittedRouter[GraphRouterConfig]):
     def _quality(self, effect: FloatArray) -> FloatArray:
         """Estimates [B, K] as quality in 0..1."""
         if self.config.loss == "effect":
-            return _into_bounds(effect)
+            return _into_bounds(effect, self._trained_on)
         chance: FloatArray = 1 / (1 + np.exp(-(self._link[0] * effect + self._link[1])))
         return chance
 
@@ -429,15 +440,6 @@ class GraphRouter(FittedRouter[GraphRouterConfig]):
         self._newcomers = {card.name: self._from_card(card) for card in others}
 
 
-def _task_nodes(described: bytes) -> tuple[TaskNode, ...] | None:
-    """From JSON; None where it does not say them."""
-    try:
-        nodes = tuple(TaskNode(**one) for one in json.loads(described))
-    except (ValueError, TypeError):
-        return None
-    return nodes if all(node.made_of in get_args(MadeOf) for node in nodes) else None
-
-
 def is_best(table: Observations, alpha: float, beta: float) -> FloatArray:
     """1 for each query's experts of the highest utility among those observed, all that tie; NaN where unobserved.
 
@@ -464,11 +466,16 @@ def _projection(features: FloatArray, width: int) -> FloatArray:
     return found
 
 
-def _into_bounds(quality: FloatArray) -> FloatArray:
-    """In 0..1, moving a query's estimates [B, K] together, so that two experts above 1 do not become equals."""
-    quality = quality - np.maximum(quality.max(1, keepdims=True, initial=-np.inf) - 1, 0)
-    quality = quality + np.maximum(-quality.min(1, keepdims=True, initial=np.inf), 0)
-    return np.clip(quality, 0, 1)
+def _into_bounds(quality: FloatArray, trained_on: int) -> FloatArray:
+    """In 0..1, moving a query's estimates [B, K] together, so that two experts above 1 do not become equals.
+
+    How far is read off the first `trained_on` experts, so that one that joins moves nobody.
+    """
+    trained = quality[:, :trained_on]
+    above = np.maximum(trained.max(1, keepdims=True) - 1, 0)
+    below = np.maximum(above - trained.min(1, keepdims=True), 0)
+    moved: FloatArray = np.clip(quality - above + below, 0, 1)
+    return moved
 
 
 def _reach(cosines: FloatArray, membership: FloatArray) -> FloatArray:

@@ -122,7 +122,7 @@ class _Run:
 
     def __init__(self, graph: Graph, network: GraphNetwork, options: TrainingOptions, checkpoint: Checkpoint) -> None:
         self._graph, self._network, self._options, self._checkpoint = graph, network, options, checkpoint
-        order = np.random.default_rng(options.seed).permutation(len(graph.x))
+        order = np.random.default_rng(options.seed).permutation(np.flatnonzero(np.diff(graph.first)))
         held_out = max(1, round(_HELD_OUT * len(order)))
         self._held_out, self._fitted = order[:held_out], order[held_out:]
         if not len(self._fitted):

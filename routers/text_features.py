@@ -26,7 +26,7 @@ Hashes = npt.NDArray[np.uint32]
 
 _MOST_CHARS = 2000  # read of a text, so that a decision stays far below a millisecond
 _TEXTS_AT_ONCE = 1024
-_BUCKETS = 4096
+_BUCKETS = 4096  # a power of 2
 _DIRECTIONS = 128
 _FEW_DIRECTIONS = 64  # are summed for all texts at once, more text by text: what is the quicker
 _SHAPE_WEIGHT, _WORD_WEIGHT = 0.5, 1.0  # beside an embedding of length 1
@@ -47,6 +47,11 @@ class TextFeatures:
     scale: FloatArray
     projection: FloatArray
 
+    @property
+    def size(self) -> int:
+        """How many features a text has."""
+        return int(self.centre.size + self.projection.shape[1] - 1)
+
     @classmethod
     def fit(cls, texts: Sequence[str], seed: int) -> Self:
         """Learn what is usual in `texts`."""
@@ -58,7 +63,7 @@ class TextFeatures:
     def __call__(self, texts: Sequence[str]) -> FloatArray:
         """The features of `texts`, row by row."""
         shapes = self.centre.size
-        found = np.zeros((len(texts), shapes + self.projection.shape[1] - 1), np.float32)
+        found = np.zeros((len(texts), self.size), np.float32)
         found[:, :shapes] = (_shapes(texts) - self.centre) * self.scale
         for at, words in _word_counts(texts):
             weights = words.weights * self.projection[words.bucket, 0]
@@ -78,8 +83,9 @@ class TextFeatures:
         found = np.zeros((words.texts, self.projection.shape[1] - 1), np.float32)
         if found.shape[1] <= _FEW_DIRECTIONS:
             some = np.flatnonzero(np.diff(first))
-            every = self.projection[words.bucket, 1:] * weights[:, None]
-            found[some] = np.add.reduceat(every, first[some]) if len(some) else 0
+            every = self.projection.take(words.bucket, axis=0)
+            every *= weights[:, None]
+            found[some] = np.add.reduceat(every, first[some])[:, 1:] if len(some) else 0
             return found
         for row, start, end in zip(found, first[:-1].tolist(), first[1:].tolist(), strict=True):
             row[:] = (weights[start:end] @ self.projection.take(words.bucket[start:end], axis=0))[1:]
@@ -100,9 +106,9 @@ class TextFeatures:
         """From an artefact."""
         shapes = _shapes([""]).shape[1]
         return cls(
-            artefact.array("text.centre", shapes),
-            artefact.array("text.scale", shapes),
-            artefact.array("text.projection", _BUCKETS, None),
+            artefact.known("text.centre", shapes),
+            artefact.known("text.scale", shapes),
+            artefact.known("text.projection", _BUCKETS, None),
         )
 
 
@@ -115,14 +121,15 @@ def _shapes(texts: Sequence[str]) -> FloatArray:
     texts = [text[:_MOST_CHARS] for text in texts]
     chars = np.array([len(text) for text in texts], np.intp)
     row = np.repeat(np.arange(len(texts)), chars + 1)
-    code = _looked_up("".join(text + "\n" for text in texts), _CODES, _code)
-    counts = np.bincount(row * 16 + code, minlength=16 * len(texts)).reshape(-1, 16).astype(np.float64)
+    code = _looked_up("\n".join([*texts, ""]), _CODES, _code)
+    some = np.flatnonzero(code != _OTHER)
+    counts = np.bincount(row[some] * 16 + code[some], minlength=16 * len(texts)).reshape(-1, 16).astype(np.float64)
     counts[:, _NEWLINE] -= 1  # the one between texts
     begin, end = _runs(code == _DIGIT)
     numbers, longest = np.bincount(row[begin], minlength=len(texts)), np.zeros(len(texts), np.intp)
     np.maximum.at(longest, row[begin], end - begin)
-    split = [text.split() for text in texts]
-    words, distinct = (np.array(list(map(len, found)), np.intp) for found in (split, map(set, split)))
+    split = [(len(found), len(set(found))) for found in map(str.split, texts)]
+    words, distinct = np.array(split, np.intp).reshape(-1, 2).T
     several = np.column_stack([length, words, counts[:, _NEWLINE:][:, : len(_MARKS)], numbers])
     letters = chars - counts[:, _SPACE] - counts[:, _NEWLINE]
     chars, words = np.maximum(chars, 1), np.maximum(words, 1)
@@ -153,14 +160,15 @@ def _signs(text: str) -> tuple[bool, bool, bool]:
     return text.isascii(), _OPTION.search(text) is not None, code and _CODE.search(text) is not None
 
 
-def _looked_up(text: str, table: Bytes, of: Callable[[str], int]) -> Bytes:
-    """`of` of each character, which `table` [128] has for ASCII."""
+def _looked_up(text: str, table: bytes, of: Callable[[str], int]) -> Bytes:
+    """`of` of each character, which `table` has for ASCII."""
+    looked_up = np.frombuffer(text.encode("ascii", "replace").translate(table), np.uint8)
     if text.isascii():
-        return table[np.frombuffer(text.encode(), np.uint8)]
+        return looked_up
     points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    strange = points > 127
+    strange = np.flatnonzero(points > 127)
     found, where = np.unique(points[strange], return_inverse=True)
-    looked_up = table[np.minimum(points, 127)]
+    looked_up = looked_up.copy()
     looked_up[strange] = np.array([of(chr(point)) for point in found], np.uint8)[where]
     return looked_up
 
@@ -172,7 +180,7 @@ def _runs(inside: npt.NDArray[np.bool_]) -> tuple[Places, Places]:
     return change[::2], change[1::2]
 
 
-_CODES = np.array([_code(chr(point)) for point in range(128)], np.uint8)
+_CODES = bytes(_code(chr(point)) for point in range(256))
 
 
 # Words
@@ -200,12 +208,12 @@ def _word_counts(texts: Sequence[str]) -> Iterator[tuple[int, _Words]]:
 def _count_words(texts: Sequence[str]) -> _Words:
     row, hashes, pairs = _hashed(texts)
     same = row[1:] == row[:-1]
-    keys = np.concatenate([row * _BUCKETS + hashes % _BUCKETS, (row[1:] * _BUCKETS + pairs % _BUCKETS)[same]])
-    keys = np.sort(keys.astype(np.int32))
-    first = np.flatnonzero(np.diff(keys, prepend=-1))
-    row, bucket = np.divmod(keys[first].astype(np.intp), _BUCKETS)
-    often = np.diff(first, append=len(keys)).astype(np.float32)
-    return _Words(len(texts), row, bucket, 1 + np.log(often))
+    rows = np.concatenate([row, row[1:][same]])
+    buckets = np.concatenate([hashes, pairs[same]]) & np.uint32(_BUCKETS - 1)
+    order = np.lexsort((buckets.astype(np.uint16), rows.astype(np.uint16)))  # of 16 bits: a radix sort
+    first = np.flatnonzero(np.diff((rows * _BUCKETS + buckets)[order], prepend=-1))
+    often, once = np.diff(first, append=len(order)).astype(np.float32), order[first]
+    return _Words(len(texts), rows[once], buckets[once].astype(np.intp), 1 + np.log(often))
 
 
 def _hashed(texts: Sequence[str]) -> tuple[Places, Hashes, Hashes]:
@@ -213,30 +221,36 @@ def _hashed(texts: Sequence[str]) -> tuple[Places, Hashes, Hashes]:
 
     A pair's hash goes on from its first word's, with a space and the second word.
     """
-    lowered = [text[:_MOST_CHARS].lower() for text in texts]
-    joined = "".join([text + "\n" for text in lowered])
-    raw = np.frombuffer(joined.encode("utf-8", "surrogatepass"), np.uint8)
-    kind = _looked_up(joined, _KINDS, _kind)
-    row = np.repeat(np.arange(len(texts)), [len(text) + 1 for text in lowered])
+    encoded = [text[:_MOST_CHARS].lower().encode("utf-8", "surrogatepass") for text in texts]
+    joined = b"\n".join([*encoded, b""])
+    raw, kind = np.frombuffer(joined, np.uint8), np.frombuffer(joined.translate(_KINDS), np.uint8)
     first = (raw & 0xC0) != 0x80  # bytes of a character
-    if len(raw) > len(kind):
-        char = np.cumsum(first) - 1
-        kind, row = kind[char], row[char]
-    goes_on = (kind == _IN_WORD) & (np.append(_BETWEEN, kind[:-1]) == _IN_WORD)
+    if not joined.isascii():
+        strange = np.flatnonzero(raw > 127)
+        sizes = np.diff(np.flatnonzero(first[strange]), append=len(strange))
+        kind = kind.copy()
+        kind[strange] = _looked_up(raw[strange].tobytes().decode("utf-8", "surrogatepass"), _KINDS, _kind).repeat(sizes)
+    in_word = kind == _IN_WORD
+    goes_on = in_word & np.concatenate([[False], in_word[:-1]])
     inside = np.flatnonzero(kind != _BETWEEN)
     begin = np.flatnonzero((first & ~goes_on)[inside])
     lengths = np.diff(begin, append=len(inside))
+    ends = np.cumsum([len(text) + 1 for text in encoded])
+    row = np.arange(len(texts)).repeat(np.diff(inside[begin].searchsorted(ends), prepend=0))
     if not len(begin):
-        return row[:0], np.zeros(0, np.uint32), np.zeros(0, np.uint32)
-    behind = np.repeat(begin + lengths, lengths) - np.arange(1, len(inside) + 1)  # bytes of its word after each
+        return row, np.zeros(0, np.uint32), np.zeros(0, np.uint32)
     table = _crc_table(int(lengths.max()).bit_length())
-    said = np.bitwise_xor.reduceat(table.take(((behind + 3) << 8) + raw[inside]), begin)
+    # places in the table, by how many bytes of its word are behind each
+    place = np.repeat((begin + lengths + 2) << 8, lengths)
+    place -= np.arange(0, len(inside) << 8, 1 << 8)
+    place += raw[inside]
+    said = np.bitwise_xor.reduceat(table.take(place), begin)
     whole = np.uint32(0xFFFFFFFF)
     counts = np.arange(lengths.max() + 1)
     hashes = whole ^ said ^ _advanced(np.full(len(counts), whole), counts, table)[lengths]
     second = lengths[1:]
     pairs = whole ^ said[1:] ^ table[((second + 3) << 8) + ord(" ")] ^ _advanced(whole ^ hashes[:-1], second + 1, table)
-    return row[inside[begin]], hashes, pairs
+    return row, hashes, pairs
 
 
 _BETWEEN, _IN_WORD, _MARK = range(3)
@@ -248,7 +262,7 @@ def _kind(char: str) -> int:
     return _BETWEEN if char.isspace() else _MARK
 
 
-_KINDS = np.array([_kind(chr(point)) for point in range(128)], np.uint8)
+_KINDS = bytes(_kind(chr(point)) for point in range(256))
 
 
 @cache

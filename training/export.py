@@ -69,5 +69,5 @@ def _row(entry: Mapping[str, Any], quality: float, test_share: float) -> Observe
 
 
 def _answered(entry: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The calls that gave an answer: those without an error."""
-    return [call for call in entry["calls"] if not call["error"]]
+    """The calls that gave an answer: those without an error, and not beside another's."""
+    return [call for call in entry["calls"] if not call["error"] and not call.get("beside")]

@@ -409,10 +409,11 @@ class _KnownEmbedder(Embedder):
 
     def __init__(self, texts: Sequence[str]) -> None:
         super().__init__()
-        self._known = dict(zip(texts, shared_embedder().embed(texts), strict=True))
+        self._known = shared_embedder().embed(texts)
+        self._place = {text: place for place, text in enumerate(texts)}
 
     def embed(self, texts: Sequence[str]) -> FloatArray:
-        return np.stack([self._known[text] for text in texts])
+        return self._known.take([self._place[text] for text in texts], axis=0)
 
 
 def _speed() -> Json:

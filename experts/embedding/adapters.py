@@ -18,13 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from experts.adapter_files import ENCODER_FILE
 from experts.embedding.encoder import Encoder, FloatArray, Tokens
 from experts.errors import ExpertConfigError
 from experts.local.lora import NO_ADAPTER, LoraWeights, read_adapter
 from kernels import AdapterStack, mixed_lora
-
-_ENCODER = "encoder.json"
-"""In an adapter's folder, beside PEFT's files: the fingerprint of the encoder that it was trained on."""
 
 Weights = Mapping[str, LoraWeights]
 """One adapter: layer name -> matrices."""
@@ -92,7 +90,7 @@ class AdaptedEncoder:
                 )
             return read_adapter(folder, self._plain)
         except ExpertConfigError as error:
-            raise ExpertConfigError(f"adapter {name!r} in {str(folder)!r}: {error}") from error
+            raise ExpertConfigError(f"adapter {name!r}: {error}") from error
 
     @property
     def _plain(self) -> nn.Module:
@@ -122,18 +120,18 @@ class AdaptedEncoder:
 
 def write_encoder(folder: Path, fingerprint: str) -> None:
     """Say beside an adapter on which encoder it was trained."""
-    (folder / _ENCODER).write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
+    (folder / ENCODER_FILE).write_text(json.dumps({"fingerprint": fingerprint}) + "\n", encoding="utf-8")
 
 
 def read_encoder(folder: Path) -> str | None:
     """The fingerprint of the encoder that an adapter was trained on, where it is known. Raises `ExpertConfigError`."""
     try:
-        said = json.loads((folder / _ENCODER).read_bytes())
+        said = json.loads((folder / ENCODER_FILE).read_bytes())
         return str(said["fingerprint"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ExpertConfigError(f"{_ENCODER} cannot be read: {error!r}") from error
+        raise ExpertConfigError(f"{ENCODER_FILE} cannot be read: {error!r}") from error
 
 
 class _Choice:

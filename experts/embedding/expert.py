@@ -1,26 +1,29 @@
 """The experts of one encoder: it and each of its adapters.
 
-What waits for the encoder is computed together, whoever asked: texts for different adapters share a batch.
+What waits for the encoder is computed together, whoever asked: texts for different adapters share a batch. A request of
+many texts waits again after each slice of them, so that others come between, and ends there if nobody waits for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from math import ceil
-from pathlib import Path
 
+import numpy as np
 import torch
 
+from experts.adapter_files import local_copy
 from experts.embedding.adapters import AdaptedEncoder
 from experts.embedding.encoder import EmbedderConfig, Encoder, EncoderFiles, FloatArray
 from experts.embedding.request import EmbeddingRequest, reply
 from experts.errors import ExpertConfigError, ExpertRequestError, ExpertTimeoutError, ExpertUnavailableError
 from experts.expert import Expert, ExpertRequest, Part, Usage
-from experts.fleet import EncoderSource, ExpertGroup, FleetEntry
+from experts.fleet import AdapterSource, EncoderSource, ExpertGroup, FleetEntry
 from experts.shared import Shared
 
 logger = logging.getLogger(__name__)
@@ -34,7 +37,7 @@ def build_encoder(group: ExpertGroup) -> dict[str, Expert]:
     config = EmbedderConfig(model=source.model, max_tokens=source.max_tokens, pooling=source.pooling)
     files = EncoderFiles.find(config)
     encoder = AdaptedEncoder(Encoder(files, config))
-    encoder.load({entry.name: _folder(entry.name, entry.adapter.path) for entry in group.adapters if entry.adapter})
+    _load(encoder, {entry.name: entry.adapter for entry in group.adapters if entry.adapter})
     # As long as requests are, so that the first of them finds the kernels built.
     encoder.encode(encoder.tokenize(["warm up " * 32] * len(group.entries)), [None, *encoder.names])
     runtime = Runtime(encoder, files.dimensions, max_queue=source.max_queue, threads=ceil(group.resources.cpus))
@@ -46,17 +49,34 @@ def build_encoder(group: ExpertGroup) -> dict[str, Expert]:
     }
 
 
-def _folder(name: str, path: str) -> Path:
-    if not Path(path).is_dir():
-        raise ExpertConfigError(f"expert {name!r}: there is no folder {path!r}")
-    return Path(path)
+def _load(encoder: AdaptedEncoder, sources: Mapping[str, AdapterSource]) -> None:
+    """Fetch adapters, which may take its time, and load them: all or none. Raises `ExpertConfigError`."""
+    with ExitStack() as copies:
+        folders = {}
+        for name, source in sources.items():
+            try:
+                folders[name] = copies.enter_context(local_copy(source.path, source.revision))
+            except ExpertConfigError as error:
+                raise ExpertConfigError(f"adapter {name!r}: {error}") from error
+        encoder.load(folders)
 
 
 @dataclass(slots=True)
 class _Job:
+    """A request's texts, or as many of them as are computed at once."""
+
     texts: Sequence[str]
     adapter: str | None
     done: Future[tuple[FloatArray, int]] = field(default_factory=Future)
+
+
+@dataclass(eq=False, slots=True)
+class _Request:
+    """A request under way, of which `left` texts are not computed yet."""
+
+    adapter: str | None
+    left: int
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Runtime:
@@ -66,6 +86,7 @@ class Runtime:
         self.encoder = encoder
         self.dimensions = dimensions
         self._max_queue = max_queue
+        self._requests: set[_Request] = set()
         self._waiting: list[_Job] = []
         self._thread = ThreadPoolExecutor(
             1, thread_name_prefix="encoder", initializer=torch.set_num_threads, initargs=(max(1, threads),)
@@ -73,16 +94,31 @@ class Runtime:
 
     async def encode(self, texts: Sequence[str], adapter: str | None) -> tuple[FloatArray, int]:
         """Unit vectors [len(texts), D], and how many tokens were read. Raises `ExpertUnavailableError`."""
-        if sum(len(job.texts) for job in self._waiting) + len(texts) > self._max_queue:
+        if sum(request.left for request in self._requests) + len(texts) > self._max_queue:
             raise ExpertUnavailableError(f"{self._max_queue} texts wait, which is the limit", retry_after_s=1.0)
-        job = _Job(texts, adapter)
-        self._waiting.append(job)
-        self._thread.submit(self._run)
-        return await asyncio.wrap_future(job.done)
+        request = _Request(adapter, len(texts))
+        self._requests.add(request)
+        vectors, tokens = [], 0
+        try:
+            for start in range(0, len(texts), _TEXTS_PER_BATCH):
+                some = texts[start : start + _TEXTS_PER_BATCH]
+                job = _Job(some, adapter)
+                self._waiting.append(job)
+                self._thread.submit(self._run)
+                found, read = await asyncio.wrap_future(job.done)
+                request.left -= len(some)
+                vectors.append(found)
+                tokens += read
+        finally:
+            self._requests.remove(request)
+            request.ended.set()
+        return np.concatenate(vectors), tokens
 
-    async def change(self, work: Callable[[], None]) -> None:
-        """Change the encoder's adapters, after all that waits now is computed."""
-        await asyncio.wrap_future(self._thread.submit(work))
+    async def unload(self, adapter: str) -> None:
+        """Forget an adapter, after all that waits for it now is computed. Raises `ExpertConfigError`."""
+        for request in [request for request in self._requests if request.adapter == adapter]:
+            await request.ended.wait()
+        await asyncio.wrap_future(self._thread.submit(self.encoder.unload, adapter))
 
     async def close(self) -> None:
         """End the thread once its batch is done."""
@@ -91,8 +127,10 @@ class Runtime:
     def _run(self) -> None:
         """Compute what waits now; every job submits one run, so that what is left here has its own still to come."""
         jobs: list[_Job] = []
-        while self._waiting and sum(len(job.texts) for job in jobs) < _TEXTS_PER_BATCH:
+        room = _TEXTS_PER_BATCH
+        while self._waiting and len(self._waiting[0].texts) <= room:
             job = self._waiting.pop(0)
+            room -= len(job.texts)
             if job.done.set_running_or_notify_cancel():
                 jobs.append(job)
         if jobs and not self._answer(jobs) and len(jobs) > 1:
@@ -152,16 +190,19 @@ class EmbeddingExpert:
         return Part(reply(self._name, vectors, usage, as_base64=asked.as_base64, encoder=encoder), usage)
 
     async def load_adapter(self, name: str, path: str, revision: str | None = None) -> None:
-        """Load an adapter from a folder beside the others, or replace it. Raises `ExpertConfigError`."""
+        """Load an adapter beside the others, or replace it, from a folder, an fsspec URL or the hub.
+
+        Requests under way do not wait for it. Raises `ExpertConfigError`.
+        """
         if self._adapter is not None:
             raise ExpertConfigError(f"expert {self._name!r} is an adapter itself, and can be no base")
-        runtime = self._shared.resource
-        await runtime.change(lambda: runtime.encoder.load({name: _folder(name, path)}))
+        source = AdapterSource(base=self._name, path=path, revision=revision)
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, _load, self._shared.resource.encoder, {name: source})
 
     async def unload_adapter(self, name: str) -> None:
         """Forget an adapter, once what waits for it is computed. Raises `ExpertConfigError` where there is none."""
-        runtime = self._shared.resource
-        await runtime.change(lambda: runtime.encoder.unload(name))
+        await self._shared.resource.unload(name)
 
     def adapted(self, entry: FleetEntry) -> EmbeddingExpert:
         """The expert of an adapter that was loaded."""

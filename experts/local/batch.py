@@ -80,7 +80,8 @@ def read_together(model: LocalModel, prompts: Sequence[Prompt], reply: Reply) ->
         return [ready] if (ready := read_piece(model, prompts[0], len(prompts[0].tokens), reply)) else []
     tokens, positions, mask = left_padding([prompt.tokens for prompt in prompts], model.device)
     cache = model.new_cache()
-    plan = plan_for([prompt.mixture for prompt in prompts], tokens.shape[1], model.pool, model.device)
+    mixtures, own = [prompt.mixture for prompt in prompts], [len(prompt.tokens) for prompt in prompts]
+    plan = plan_for(mixtures, tokens.shape[1], model.pool, model.device, own)
     logits = model.forward(tokens, positions, mask, cache, plan).float()
     rows = [row for prompt in prompts for row in prompt.rows]
     owners = torch.tensor([i for i, prompt in enumerate(prompts) for _ in prompt.rows], device=model.device)

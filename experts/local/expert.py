@@ -23,6 +23,7 @@ from experts.local.registry import AdapterRegistry
 from experts.local.reply import Replies
 from experts.local.request import Generation, SamplingDefaults, gate_bias, parse_chat, parse_completion
 from experts.local.row import Job, Piece
+from experts.mixing.load import GateLoad
 from experts.mixtures import MixtureName, is_mixture, parse_mixture
 from experts.shared import Shared
 from kernels import KernelError
@@ -85,6 +86,14 @@ def _try(entry: FleetEntry, model: LocalModel, mixture: Mixture) -> None:
         raise ExpertConfigError(f"expert {entry.name!r}: its model does not run: {error}") from error
     if not finite:
         raise ExpertConfigError(f"expert {entry.name!r}: its model gives numbers that are not finite")
+
+
+def _load_of(mixture: Mixture) -> GateLoad:
+    """What a gate tells a request of its load. Raises `ExpertRequestError` where no gate decides among adapters."""
+    if mixture.gate is None or not mixture.gate.gate.takes_weights:
+        message = "gate_load needs a gate over adapters: model BASE+gate:NAME"
+        raise ExpertRequestError(message, param="gate_load", code="invalid_value")
+    return GateLoad()
 
 
 class Model(Protocol):
@@ -164,6 +173,8 @@ class LocalExpert:
         deadline = asyncio.get_running_loop().time() + request.timeout_s
         generation = self._parse(request)
         mixture = self._mixture(request)
+        if generation.gate_load:
+            mixture = replace(mixture, load=_load_of(mixture))
         self._engine.check_room(request.tenant)
         job = await self._job(generation, mixture, request.tenant, deadline)
         self._engine.submit(job)
@@ -293,7 +304,7 @@ class LocalExpert:
             for chunk in replies.chunks(piece):
                 yield Part(chunk)
         usage = Usage(sum(map(len, job.prompts)), sum(tokens.values()))
-        data = replies.usage_chunk(usage) if job.generation.include_usage else b""
+        data = replies.last_chunk(usage, job.mixture.load)
         yield Part(data, usage, work=job.pace.work(usage.output_tokens - job.rows))
 
     async def _whole(self, job: Job, replies: Replies, deadline: float) -> Part:
@@ -301,7 +312,9 @@ class LocalExpert:
         async for piece in self._pieces(job, deadline):
             choices[piece.choice].append(piece)
         usage = Usage(sum(map(len, job.prompts)), sum(pieces[-1].tokens for pieces in choices))
-        return Part(replies.whole(choices, usage), usage, work=job.pace.work(usage.output_tokens - job.rows))
+        return Part(
+            replies.whole(choices, usage, job.mixture.load), usage, work=job.pace.work(usage.output_tokens - job.rows)
+        )
 
     async def _pieces(self, job: Job, deadline: float) -> AsyncIterator[Piece]:
         """What the engine makes of `job`, until each of its choices has ended."""

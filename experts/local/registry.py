@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Mapping
 from typing import TypeVar
 
+from experts.adapter_files import local_copy
 from experts.errors import ExpertConfigError, ExpertRequestError
 from experts.local.lora import read_adapter
 from experts.local.mixture import BASE, Mixture
@@ -18,10 +16,7 @@ from experts.mixing.install import GATE_FILE, load_mixture
 from experts.mixing.install import Mixture as GateMixture
 from experts.mixtures import MixtureName
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 T = TypeVar("T")
-
-_GATE_FILES = (GATE_FILE, *(f"adapters/*/{name}" for name in _ADAPTER_FILES))
 
 
 class AdapterRegistry:
@@ -102,6 +97,9 @@ class AdapterRegistry:
 
     def _gated(self, name: str, bias: Mapping[str, float]) -> Mixture:
         gate = self._find(name, self._gates)
+        if bias and not gate.gate.takes_bias:
+            message = f"gate_bias: gate {name!r} is of the method {gate.gate.method!r}, which takes no bias"
+            raise ExpertRequestError(message, param="gate_bias", code="invalid_value")
         if unknown := sorted(set(bias) - set(gate.adapters)):
             message = f"gate_bias: gate {name!r} has no adapter {unknown[0]!r}; it has {', '.join(gate.adapters)}"
             raise ExpertRequestError(message, param="gate_bias", code="invalid_value")
@@ -117,47 +115,3 @@ class AdapterRegistry:
         else:
             message = f"model: there is no {what} {name[:128]!r} on this base"
         raise ExpertRequestError(message, status=404, param="model", code="model_not_found")
-
-
-@contextmanager
-def local_copy(path: str, revision: str | None) -> Iterator[Path]:
-    """The folder of an adapter or a saved mixture: itself, or a copy of what an fsspec URL or the hub has.
-
-    Raises `ExpertConfigError`.
-    """
-    if "://" in path:
-        with TemporaryDirectory(prefix="adapter-") as folder:
-            _fetch(path, Path(folder))
-            yield Path(folder)
-    elif Path(path).is_absolute():
-        if not Path(path).is_dir():
-            raise ExpertConfigError(f"there is no folder {path!r}")
-        yield Path(path)
-    else:
-        yield _from_hub(path, revision)
-
-
-def _fetch(url: str, folder: Path) -> None:
-    import fsspec
-
-    try:
-        files, root = fsspec.url_to_fs(url)
-        found = [file for pattern in (*_ADAPTER_FILES, *_GATE_FILES) for file in files.glob(f"{root}/{pattern}")]
-        for file in found:
-            target = folder / str(file).removeprefix(root).lstrip("/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            files.get_file(file, str(target))
-    except Exception as error:  # every file system has errors of its own
-        raise ExpertConfigError(f"{url!r} cannot be read: {error}") from error
-    if not found:
-        raise ExpertConfigError(f"there is no adapter at {url!r}")
-
-
-def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=[*_ADAPTER_FILES, *_GATE_FILES]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise ExpertConfigError(f"it cannot be had from the hub: {error}") from error

@@ -12,6 +12,7 @@ from experts.expert import ExpertRequest, Usage
 from experts.local.row import Logprob, Piece
 from experts.local.sampling import TokenLogprob
 from experts.local.text import Decoder
+from experts.mixing.load import GateLoad
 
 
 class Replies:
@@ -24,11 +25,13 @@ class Replies:
         self._show_usage = show_usage
         self._begun: set[int] = set()
 
-    def whole(self, choices: Sequence[Sequence[Piece]], usage: Usage) -> bytes:
-        """The answer, from the pieces of each choice."""
+    def whole(self, choices: Sequence[Sequence[Piece]], usage: Usage, load: GateLoad | None = None) -> bytes:
+        """The answer, from the pieces of each choice; `load` is what it says of its gate."""
         kind = "chat.completion" if self._chat else "text_completion"
         whole = [self._whole_choice(pieces) for pieces in choices]
-        return orjson.dumps({**self._head, "object": kind, "choices": whole, "usage": _usage(usage)})
+        return orjson.dumps(
+            {**self._head, "object": kind, "choices": whole, "usage": _usage(usage), **_gate_load(load)}
+        )
 
     def chunks(self, piece: Piece) -> list[bytes]:
         """The chunks for one piece. A chat's choice begins with its role and ends with a chunk without text."""
@@ -46,19 +49,21 @@ class Replies:
             chunks.append(self._chat_chunk(piece.choice, {}, finish_reason=piece.finish_reason))
         return chunks
 
-    def usage_chunk(self, usage: Usage) -> bytes:
-        """The chunk that ends a stream for those who asked for usage."""
-        return self._chunk([], _usage(usage))
+    def last_chunk(self, usage: Usage, load: GateLoad | None = None) -> bytes:
+        """The chunk that ends a stream for those who asked for usage, or for the load of a gate; else nothing."""
+        if not self._show_usage and load is None:
+            return b""
+        return self._chunk([], _usage(usage), **_gate_load(load))
 
     def _chat_chunk(
         self, choice: int, delta: dict[str, Any], logprobs: object = None, finish_reason: str | None = None
     ) -> bytes:
         return self._chunk([{"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}])
 
-    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None) -> bytes:
+    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, int] | None = None, **more: Any) -> bytes:
         kind = "chat.completion.chunk" if self._chat else "text_completion"
         shown = {"usage": usage} if self._show_usage else {}
-        return orjson.dumps({**self._head, "object": kind, "choices": choices, **shown})
+        return orjson.dumps({**self._head, "object": kind, "choices": choices, **shown, **more})
 
     def _whole_choice(self, pieces: Sequence[Piece]) -> dict[str, Any]:
         text = "".join(piece.text for piece in pieces)
@@ -89,6 +94,10 @@ class Replies:
 
     def _text(self, one: TokenLogprob) -> str:
         return self._decoder.decode([one.token], skip_special_tokens=False)
+
+
+def _gate_load(load: GateLoad | None) -> dict[str, Any]:
+    return {} if load is None else {"gate_load": {"tokens": load.tokens, "layers": load.shares()}}
 
 
 def _usage(usage: Usage) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
@@ -9,11 +10,11 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from experts.errors import ExpertRequestError
-from experts.mixtures import MOST_WEIGHT
 
 _COMPLETION_MAX_TOKENS = 16  # OpenAI's default for completions; chats are bounded by the context alone
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _GREEDY_BELOW = 1e-4  # logits divided by less overflow
+_MOST_BIAS = 1e9  # of a gate's scores, which are float32 and must stay finite
 
 _Stop = Annotated[str, Field(min_length=1)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -53,7 +54,8 @@ class Generation:
     """One request. `prompts` are texts, tokens or one conversation; each is answered `n` times.
 
     `top_logprobs` is how many alternatives of each token are reported besides itself, None if no log-probabilities are.
-    `ignore_eos` goes on after the token that ends an answer, as measurements need it.
+    `ignore_eos` goes on after the token that ends an answer, as measurements need it. With `gate_load` the answer says
+    how much of each adapter its tokens got.
     """
 
     messages: list[dict[str, Any]] | None
@@ -66,6 +68,7 @@ class Generation:
     stream: bool
     include_usage: bool
     ignore_eos: bool
+    gate_load: bool
 
 
 class _StreamOptions(BaseModel):
@@ -87,6 +90,7 @@ class _Body(BaseModel):
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     logit_bias: dict[str, _Bias] | None = None
     ignore_eos: bool | None = None
+    gate_load: bool | None = None
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
 
@@ -139,19 +143,21 @@ def parse_completion(body: Mapping[str, Any], defaults: SamplingDefaults) -> Gen
 
 
 def gate_bias(body: Mapping[str, Any]) -> dict[str, float]:
-    """The request's `gate_bias`: adapter -> what is added to the gate's scores of it. Raises `ExpertRequestError`."""
+    """The request's `gate_bias`: adapter -> what is added to the gate's scores of it, -inf (in JSON null) forbids it.
+
+    Raises `ExpertRequestError`.
+    """
     bias = body.get("gate_bias")
     if bias is None:
         return {}
-    if not isinstance(bias, Mapping) or not all(map(_is_weight, bias.values())):
-        message = f"gate_bias: must be an object of adapters' names with numbers of at most {MOST_WEIGHT:g}"
+    if not isinstance(bias, Mapping) or not all(value is None or _is_bias(value) for value in bias.values()):
+        message = "gate_bias: must be an object of adapters' names with numbers from -1e9 to 1e9, or null to forbid one"
         raise ExpertRequestError(message, param="gate_bias", code="invalid_value")
-    return {name: float(value) for name, value in bias.items()}
+    return {name: -math.inf if value is None else float(value) for name, value in bias.items()}
 
 
-def _is_weight(value: object) -> bool:
-    """Whether it is a number that may weigh something; NaN is not."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -MOST_WEIGHT <= value <= MOST_WEIGHT
+def _is_bias(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= _MOST_BIAS
 
 
 def _checked(schema: type[B], body: Mapping[str, Any]) -> B:
@@ -185,6 +191,7 @@ def _generation(
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         ignore_eos=bool(body.ignore_eos),
+        gate_load=bool(body.gate_load),
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from experts.adapter_files import local_copy
 from experts.errors import ExpertConfigError, ExpertRequestError, ExpertUnavailableError
 from experts.expert import Expert
 from experts.fleet import AdapterSource, ExpertGroup, FleetEntry, LocalSource
@@ -27,7 +28,6 @@ from experts.local.lora import read_adapter
 from experts.local.mixture import Mixture
 from experts.local.model import load_tokenizer, sampling_defaults
 from experts.local.prompt import ChatPrompt
-from experts.local.registry import local_copy
 from experts.local.request import Generation, SamplingDefaults
 from experts.local.row import FinishReason, Job, Logprob, Piece
 from experts.local.sampling import TokenLogprob

@@ -7,6 +7,7 @@ gates.py     the methods that learn a router together with their adapters, and t
 post_hoc.py  the methods that route among adapters that are there already: mole, arrow, phatgoose, glider
 rank_gates.py  smora and flylora, whose experts are ranks
 selection.py from scores to a decision
+load.py      how much of each adapter one request's tokens got
 balance.py   what a forward pass says of its gates, and the losses made of it
 adapters.py  adapters as matrices for each layer: read, made, written in PEFT's format
 assemble.py  one mixture of adapters whose gates were made apart
@@ -18,10 +19,12 @@ docs/mixing.md says how to use it.
 from experts.mixing.adapters import LayerAdapter, new_adapters, read_adapters
 from experts.mixing.assemble import assemble_mixture
 from experts.mixing.install import GATES, Mixture, fresh_adapters, install_mixture, load_mixture
+from experts.mixing.load import GateLoad
 from experts.mixing.state import MixingState, RequestMixture
 
 __all__ = [
     "GATES",
+    "GateLoad",
     "LayerAdapter",
     "MixingState",
     "Mixture",

@@ -139,6 +139,7 @@ class MixedLoraLinear(nn.Module):
             per_token = None if bias is None else self._state.per_token(bias, x)
             self._decision.routing = self.gate(x, per_token)
             self._record(self.gate, self._decision.routing)
+            self._state.tell(self._decision.name, self.adapters, self._decision.routing)
         if self._decision.routing is None:
             raise MixingError(f"layer {self.name!r} ran before {self._decision.name!r}, which decides for its block")
         return self._decision.routing

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from experts.errors import MixingError
 from experts.mixing.balance import Record
 from experts.mixing.gate import Gate
+from experts.mixing.load import GateLoad, weights_of
+from experts.mixing.selection import Routing
 
 NONE = -1
 
@@ -29,10 +31,14 @@ class RequestMixture:
         weights: Adapter -> weight, the same for all its tokens; empty is the base alone. None: the gate decides.
         bias: Adapter -> what is added to the gate's scores (GLIDER's global half); -inf leaves an adapter out.
             Adapters that are not named get 0. Only where the gate decides.
+        load: Is told what the gate decides for the request's tokens. Only where it decides among adapters.
+        own: How many of its row's tokens, the last ones, are counted there; the others are padding. None: all.
     """
 
     weights: Mapping[str, float] | None = None
     bias: Mapping[str, float] = field(default_factory=dict)
+    load: GateLoad | None = None
+    own: int | None = None
 
     @classmethod
     def only(cls, adapter: str) -> RequestMixture:
@@ -80,6 +86,7 @@ class MixingState:
         """Every request gets the gate, without bias."""
         self.requests = 0
         self.any_given = self.all_given = False
+        self._watched: list[tuple[int, GateLoad, int | None]] = []
         self._request_of_token: Tensor | None = None
         self._tables: list[Table] = []
 
@@ -105,6 +112,7 @@ class MixingState:
         self.requests = len(requests)
         self.any_given, self.all_given = any(given), all(given)
         self.given = torch.tensor(given, device=self.device)
+        self._watched = [(i, r.load, r.own) for i, r in enumerate(requests) if r.load is not None]
         self._request_of_token, self._tables = request_of_token, tables
 
     def subset(self, adapters: Sequence[int]) -> int:
@@ -137,6 +145,21 @@ class MixingState:
         self.check_rows(tokens)
         return rows.repeat_interleave(tokens // self.requests, 0)
 
+    def tell(self, site: str, adapters: Sequence[int], routing: Routing) -> None:
+        """Tell the requests that want to know what the gate of a site with these adapters decided for T tokens."""
+        if not self._watched:
+            return
+        names, weights = tuple(self.adapters[e] for e in adapters), weights_of(routing, len(adapters))
+        for request, load, own in self._watched:
+            load.add(site, names, self._of_request(weights, request, own))
+
+    def _of_request(self, rows: Tensor, request: int, own: int | None) -> Tensor:
+        """The rows [t, E] of one request's own tokens among [T, E]."""
+        if self._request_of_token is not None:
+            return rows[self._request_of_token.to(rows.device) == request]
+        mine = rows.view(self.requests, -1, rows.shape[1])[request]
+        return mine if own is None else mine[-own:]
+
     def _check(self, request: RequestMixture) -> None:
         named = {**(request.weights or {}), **request.bias}
         if unknown := sorted(set(named) - set(self.adapters)):
@@ -150,6 +173,8 @@ class MixingState:
         if request.bias and not self.gate.takes_bias:
             can = "weights of its own, or those installed" if self.gate.takes_weights else "the gate, or the base alone"
             raise MixingError(f"gate {self.gate.method!r} takes no bias: a request has {can}")
+        if request.load is not None and (request.weights is not None or not self.gate.takes_weights):
+            raise MixingError("a load is told where the gate decides among adapters")
         for name, weight in (request.weights or {}).items():
             if not math.isfinite(weight):
                 raise MixingError(f"the weight of {name!r} must be a finite number, got {weight!r}")

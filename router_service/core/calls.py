@@ -13,6 +13,7 @@ from typing import Any, cast
 from experts.cards import ExpertCard
 from experts.errors import ExpertError, ExpertRequestError, ExpertTimeoutError, ExpertUnavailableError
 from experts.expert import Expert, ExpertRequest, Part, Usage
+from router_service.core.steering import Steering
 from router_service.core.trace import CallRecord, Trace
 from router_service.metrics import Metrics
 from routers.ceilings import ASSUMED_OUTPUT, BYTES_PER_TOKEN, CostCeiling, Grant
@@ -28,11 +29,12 @@ _SLACK_S = 0.25
 
 
 class Lane:
-    """One expert with its card and the calls that are under way to it."""
+    """One expert with its card and the calls that are under way to it; `steering` is what its gates are told."""
 
-    def __init__(self, card: ExpertCard, expert: Expert, *, limit: int) -> None:
+    def __init__(self, card: ExpertCard, expert: Expert, *, limit: int, steering: Steering | None = None) -> None:
         self.card = card
         self.expert = expert
+        self.steering = steering
         self._limit = limit
         self._under_way = 0
 
@@ -75,6 +77,9 @@ class Caller:
     `ceiling_usd` stops further calls once so much is spent; `ceilings.cost_usd` is never exceeded
     (`routers.ceilings`). Under it a whole answer is asked for as a stream too, so that one without an end is seen to
     grow, and can be ended. A call that no ceiling lets be sent is recorded, and counts as none.
+
+    A gate's instruction is written by a call beside the one that it is for, which has its share of the ceilings first:
+    where they leave no more, the answer comes without the instruction.
     """
 
     def __init__(
@@ -99,7 +104,14 @@ class Caller:
 
     def __call__(self, expert: str, request: ExpertRequest, *, why: str) -> AsyncIterator[Part]:
         """The expert's reply, part by part."""
-        parts = self._call(expert, request, why)
+        return self._open(expert, request, why)
+
+    def _beside(self, expert: str, request: ExpertRequest, *, why: str) -> AsyncIterator[Part]:
+        """The reply to a call for another call's sake, made for the same tenant."""
+        return self._open(expert, replace(request, tenant=self._trace.key), why, beside=True)
+
+    def _open(self, expert: str, request: ExpertRequest, why: str, *, beside: bool = False) -> AsyncIterator[Part]:
+        parts = self._call(expert, request, why, beside)
         self._opened.append(parts)
         return parts
 
@@ -113,12 +125,17 @@ class Caller:
     async def embed(self, expert: str, request: ExpertRequest, *, why: str) -> Part:
         """The expert's embeddings."""
         with self._recorded(expert, request, why) as opened:
+            opened.sent = True
             part = await opened.lane.expert.embed(opened.request)
             opened.usage = part.usage
             return part
 
-    async def _call(self, expert: str, request: ExpertRequest, why: str) -> AsyncGenerator[Part]:
-        with self._recorded(expert, request, why) as opened:
+    async def _call(self, expert: str, request: ExpertRequest, why: str, beside: bool) -> AsyncGenerator[Part]:
+        with self._recorded(expert, request, why, beside) as opened:
+            if opened.lane.steering and not beside:
+                told = await opened.lane.steering.told(opened.request, self._beside)
+                opened.request = self._bounded(told)
+            opened.sent = True
             whole = Reply(expert) if self._cost and not request.stream else None
             if whole:
                 opened.request = replace(opened.request, body=_streamed(opened.request.body))
@@ -139,9 +156,9 @@ class Caller:
                     yield part
 
     @contextmanager
-    def _recorded(self, expert: str, request: ExpertRequest, why: str) -> Iterator[_Open]:
+    def _recorded(self, expert: str, request: ExpertRequest, why: str, beside: bool = False) -> Iterator[_Open]:
         """Bracket one call: its place, time and money are taken before it, its record is complete after it."""
-        record, lane = self._begin(expert, why)
+        record, lane = self._begin(expert, why, beside)
         record.asked = self._asked(request)
         opened = _Open(record, lane, request)
         free = False
@@ -149,7 +166,6 @@ class Caller:
             opened.request = self._bounded(request)
             if self._cost:
                 opened.grant, opened.request = self._cost.grant(lane.card, opened.request)
-            opened.sent = True
             self._sent += 1
             yield opened
         except ExpertError as error:
@@ -172,7 +188,7 @@ class Caller:
                 opened.usage = opened.usage or Usage()
             self._end(opened)
 
-    def _begin(self, expert: str, why: str) -> tuple[CallRecord, Lane]:
+    def _begin(self, expert: str, why: str, beside: bool) -> tuple[CallRecord, Lane]:
         lane = self._lanes.get(expert)
         if lane is None:
             raise ExpertUnavailableError(f"there is no expert {expert!r}")
@@ -181,7 +197,7 @@ class Caller:
         if self._most_calls is not None and self._sent >= self._most_calls:
             raise ExpertUnavailableError(f"the policy's ceiling of {self._most_calls} calls a request is reached")
         lane.enter()
-        record = CallRecord(expert, why)
+        record = CallRecord(expert, why, beside=beside)
         self._trace.calls.append(record)
         return record, lane
 

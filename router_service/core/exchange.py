@@ -6,10 +6,11 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from experts.cards import ExpertCard
 from experts.embedding.request import texts_of
 from experts.expert import Endpoint, ExpertRequest, Part, Usage
 from router_service.core.admission import Reservation
@@ -19,10 +20,11 @@ from router_service.core.embeddings import embed_routed
 from router_service.core.routing import Plan, stay_with
 from router_service.core.service import Service
 from router_service.core.trace import Trace
-from router_service.errors import StateError, UnavailableError
+from router_service.errors import BadRequestError, StateError, UnavailableError
 from router_service.state.ledger import LEDGER
 from routers.ceilings import ASSUMED_OUTPUT
 from routers.contracts import Decision, Query
+from routers.guide import writer_usage
 from routers.policy import Ceilings, check_able
 from routers.query import query_from_body
 
@@ -58,6 +60,7 @@ class Exchange:
         self.query = query_from_body(ask.endpoint, ask.body, session=ask.session)
         if self.expert:  # that its context is long enough it says itself: it counts tokens, we estimate them
             check_able(service.cards[self.expert], replace(self.query, input_tokens=0, max_output_tokens=None))
+        self._check_gate_load()
         policy_timeout_s = self.plan.policy.timeout_s if self.plan else None
         self.timeout_s = min(service.settings.request_timeout_s, policy_timeout_s or math.inf)
         self.trace = Trace(
@@ -79,6 +82,16 @@ class Exchange:
         self._digest: str | None = None
         self._kept: list[bytes] = []
         self._finished = False
+
+    def _check_gate_load(self) -> None:
+        """Raise `BadRequestError` where the load of a gate is asked of what has none; a local model knows its own."""
+        kind = self._service.cards[self.expert].kind if self.expert else "policy"
+        if self._ask.body.get("gate_load") and kind not in ("local", "adapter"):
+            raise BadRequestError(
+                f"'gate_load' needs a model with a gate, BASE+gate:NAME or a mixture of the fleet, and no {kind}",
+                param="gate_load",
+                code="invalid_value",
+            )
 
     async def start(self) -> None:
         """Admit the question, and find the answer in the cache or decide who gives it."""
@@ -128,18 +141,27 @@ class Exchange:
         bound = ASSUMED_OUTPUT if query.max_output_tokens is None else query.max_output_tokens
         output = bound * query.choices
         usage = Usage(input_tokens=query.input_tokens, output_tokens=output)
+        written = writer_usage(query.text)
         cards = self.plan.cards if self.plan else [self._service.cards[cast("str", self.expert)]]
         ceilings = self.plan.policy.ceilings if self.plan else Ceilings()
         calls = self.plan.strategy.most_calls if self.plan else 1
         calls = min(calls, ceilings.calls or calls)
-        cost_usd = calls * max(card.cost(usage) for card in cards)
+        beside = [self._service.cards[writer].cost(written) for writer in self._writers(cards)]
+        cost_usd = calls * (max(card.cost(usage) for card in cards) + max(beside, default=0))
+        tokens = query.input_tokens + output + (written.input_tokens + written.output_tokens if beside else 0)
         return await self._service.admission.admit(
             self._ask.key,
-            tokens=calls * (query.input_tokens + output),
+            tokens=calls * tokens,
             cost_usd=min(cost_usd, ceilings.cost_usd or cost_usd),
             policy=self.trace.policy,
             policy_usd_per_day=self.plan.policy.usd_per_day if self.plan else None,
         )
+
+    def _writers(self, cards: Sequence[ExpertCard]) -> set[str]:
+        """Who may be asked for an instruction, where one of these experts answers."""
+        lanes = (self._service.lanes[card.name] for card in cards)
+        guides = (lane.steering.guide(self._ask.body) for lane in lanes if lane.steering)
+        return {guide.writer for guide in guides if guide and guide.writer}
 
     async def _find_cached(self) -> bool:
         if (

@@ -23,6 +23,7 @@ from router_service.core.calls import Lane
 from router_service.core.health import HealthMonitor
 from router_service.core.routing import Plan, RouterSlot, able, watch_promotions
 from router_service.core.search import SearchIndex
+from router_service.core.steering import Steering
 from router_service.errors import BadRequestError, ModelNotFoundError, StateError
 from router_service.metrics import Metrics
 from router_service.settings import Settings
@@ -31,6 +32,8 @@ from router_service.state.ledger import LedgerWriter
 from router_service.state.link import RedisLink
 
 logger = logging.getLogger(__name__)
+
+_CANCEL_S = 0.1
 
 DEFAULT_POLICY = "auto"
 EMBEDDINGS_POLICY = "embeddings"
@@ -41,6 +44,7 @@ class Service:
     """Experts, plans (policies in service) and state. `start` and `close` bracket its life.
 
     `spaces` says of experts that embed whose vectors theirs can be compared with: equal, of one space.
+    `steering` says what the gates of experts are told.
     It is not ready before the experts of `own`, which this service hosts, have been up once.
     """
 
@@ -55,7 +59,9 @@ class Service:
         metrics: Metrics,
         own: frozenset[str],
         spaces: Mapping[str, str] | None = None,
+        steering: Mapping[str, Steering] | None = None,
     ) -> None:
+        steering = steering or {}
         self.settings = settings
         self.link = link
         self.metrics = metrics
@@ -65,7 +71,7 @@ class Service:
         self._spaces = dict(spaces or {})
         self.plans = dict(plans)
         self.lanes = {
-            name: Lane(self.cards[name], expert, limit=settings.max_calls_per_expert)
+            name: Lane(self.cards[name], expert, limit=settings.max_calls_per_expert, steering=steering.get(name))
             for name, expert in experts.items()
         }
         self.admission = Admission(settings, link)
@@ -93,9 +99,10 @@ class Service:
         """Let nobody in, wait for requests under way, and put all that was recorded where it is safe."""
         await self.gate.close(self.settings.shutdown_grace_s)
         await self.ledger.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        while self._tasks:  # `asyncio.wait_for`, which redis-py uses, may swallow a cancellation before Python 3.12
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.wait(self._tasks, timeout=_CANCEL_S)
         for slot in self._slots:
             slot.close()
         for expert in self.experts.values():

@@ -17,11 +17,12 @@ class CallRecord:
     ceiling or time was left for it), it was `cut_off` (nobody waits for it any more), or the expert failed.
     `asked` is the last message, where it is not the client's own (a strategy wrote it) and the ledger may keep texts.
     `estimated` says that the expert never told its usage (the call was cut off, or its API tells none), so that it was
-    counted from outside.
+    counted from outside. `beside` marks a call that answers nothing: a gate's instruction was written for another call.
     """
 
     expert: str
     why: str
+    beside: bool = False
     usage: Usage = field(default_factory=Usage)
     cost_usd: float = 0.0
     latency_s: float = 0.0
@@ -37,6 +38,7 @@ class CallRecord:
         return {
             "expert": self.expert,
             "why": self.why,
+            **({"beside": True} if self.beside else {}),
             **({"asked": self.asked} if self.asked is not None else {}),
             "input_tokens": self.usage.input_tokens,
             "output_tokens": self.usage.output_tokens,
@@ -90,7 +92,8 @@ class Trace:
     @property
     def expert(self) -> str | None:
         """Who answered, or was asked last."""
-        return self.answered_by or (self.calls[-1].expert if self.calls else None)
+        asked = (call.expert for call in reversed(self.calls) if not call.beside)
+        return self.answered_by or next(asked, None)
 
     def to_json(self) -> dict[str, Any]:
         """The trace as it goes into the answer's body and the ledger."""

@@ -1,6 +1,7 @@
 """`/v1/adapters`: adapters on the models and encoders in service, added and removed while it runs.
 
-POST    {"name", "base", "path", "revision"?, "replace"?, any field of the card}
+POST    {"name", "base", "path", "revision"?, any field of the card}; `path` is an absolute folder, an fsspec URL or a
+        name on the hub, where alone there are revisions
 GET     those that were added
 DELETE  /v1/adapters/NAME
 """
@@ -61,7 +62,9 @@ def _entry(body: dict[str, Any], service: Service) -> FleetEntry:
         if not isinstance(body.get(name), str):
             raise BadRequestError(f"{name!r} must be a text", param=name)
     if body["path"].startswith((".", "~")):
-        raise BadRequestError("'path' must be an absolute folder, or a name on the hub", param="path")
+        raise BadRequestError(
+            "'path' must be an absolute folder, an fsspec URL (s3://...) or a name on the hub", param="path"
+        )
     base = service.cards.get(body["base"])
     if base is None:
         raise BadRequestError(f"there is no expert {body['base'][:128]!r} to be the base", param="base")

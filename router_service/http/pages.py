@@ -13,6 +13,7 @@ from router_service.errors import BadRequestError, ModelNotFoundError
 from router_service.http.connection import Connection
 from router_service.http.validation import check_body, take_options
 from router_service.state.ledger import FEEDBACK
+from routers.guide import Guide
 from routers.query import query_from_body
 
 _THUMBS = {"up": 1.0, "down": 0.0}
@@ -54,7 +55,7 @@ class ModelList:
 
 
 async def show_decision(service: Service, connection: Connection) -> None:
-    """Say what would be done with a chat completion, without asking any expert."""
+    """Say what would be done with a chat completion, or what a gate would be told, without asking any expert."""
     key = service.admission.authenticate(connection.header(b"authorization"))
     body = await connection.read_object(service.settings.max_body_bytes)
     with service.gate:
@@ -62,13 +63,26 @@ async def show_decision(service: Service, connection: Connection) -> None:
         options = take_options(body, connection)
         check_body(body)
         plan, expert = service.resolve(body["model"])
-        if plan is None:
-            message = f"{expert!r} is an expert, so there is nothing to decide: name a policy, 'auto' or 'auto:NAME'"
-            raise BadRequestError(message, param="model")
+        decides = plan or _guide(service, expert or "", body)
         await service.admission.admit(key, tokens=0, cost_usd=0.0)
         query = query_from_body(_endpoint(body), body, session=options.session)
-        decision = await decide(service, plan, query, key)
-    await connection.send_json({"object": "router.decision", "expert": decision.expert, **decision_to_json(decision)})
+        if isinstance(decides, Guide):
+            guidance = await decides(query)
+            told = {"object": "router.guidance", "expert": expert, **guidance.to_json()}
+        else:
+            decision = await decide(service, decides, query, key)
+            told = {"object": "router.decision", "expert": decision.expert, **decision_to_json(decision)}
+    await connection.send_json(told)
+
+
+def _guide(service: Service, expert: str, body: dict[str, Any]) -> Guide:
+    """That of the gate that an expert is asked for. Raises `BadRequestError` where it has none."""
+    steering = service.lanes[expert].steering
+    guide = steering and steering.guide(body)
+    if not guide:
+        message = f"{expert!r} is an expert, so there is nothing to decide: name a policy, 'auto' or 'auto:NAME'"
+        raise BadRequestError(f"{message}, or a gate with a router beside it", param="model")
+    return guide
 
 
 def _endpoint(body: dict[str, Any]) -> Endpoint:

@@ -78,6 +78,7 @@ _FIELDS: Final[dict[str, tuple[Callable[[Any], bool], str]]] = {
     "tools": (lambda value: isinstance(value, list) and all(map(_is_object, value)), "a list of objects"),
     "response_format": (_is_object, "an object"),
     "stream_options": (_is_object, "an object"),
+    "gate_load": (lambda value: isinstance(value, bool), "true or false"),
     "stop": (_is_stop, "a non-empty string, or a list of them"),
 }
 

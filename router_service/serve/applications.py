@@ -75,7 +75,7 @@ class ExpertReplica:
         self._experts = build_group(group)
         self._restartable = group.head.local is not None
         self._adapters = _added_adapters(self._experts)
-        self._catching_up: asyncio.Task[bool] | None = None
+        self._taking_over: asyncio.Task[bool] | None = None
 
     async def generate(self, name: str, request: Request) -> AsyncIterator[Reply]:
         """The reply of the expert `name`, part by part, after the word that it is in work."""
@@ -120,11 +120,13 @@ class ExpertReplica:
     async def check_health(self) -> None:
         """Serve's question. A local model that is not healthy gets a new replica; a remote one is as well off here.
 
-        It comes every few seconds, and is when adapters that were removed or replaced are seen to. Serve gives up on
-        a replica that is long in answering, so the answer does not wait for what has to be loaded.
+        It comes every few seconds, and is when adapters that were added, replaced or removed are seen to: beside it,
+        since to fetch one may take longer than Serve waits for an answer.
         """
-        if self._catching_up is None or self._catching_up.done():
-            self._catching_up = asyncio.create_task(self._take_over())
+        if self._taking_over is None or self._taking_over.done():
+            if self._taking_over is not None:
+                self._taking_over.result()  # raises what went wrong there
+            self._taking_over = asyncio.create_task(self._take_over())
         if self._restartable:
             for name, expert in list(self._experts.items()):
                 if not await expert.healthy() and self._experts.get(name) is expert:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
+import orjson
 import pytest
 import torch
 import yaml
@@ -21,9 +22,9 @@ from experts.errors import ExpertConfigError, ExpertRequestError, ExpertUnavaila
 from experts.expert import Expert
 from experts.fleet import Fleet, FleetEntry, load_fleet
 from experts.local.expert import LocalExpert
-from experts.mixing import RequestMixture, install_mixture, load_mixture, read_adapters
+from experts.mixing import RequestMixture, fresh_adapters, install_mixture, load_mixture, read_adapters
 from experts.mixtures import MixtureName, is_mixture, parse_mixture
-from tests.experts.asking import ENDLESS, TEXT, ask, run, text_of, until
+from tests.experts.asking import ENDLESS, TEXT, answer, ask, run, text_of, until
 from tests.experts.models import save_adapter
 
 
@@ -135,6 +136,95 @@ async def test_a_gate_answers_as_it_does_in_its_model(experts: dict[str, Expert]
     assert len({expected, steered, greedy(model, llama)}) == 3
 
 
+async def test_null_forbids_an_adapter_and_without_any_the_base_answers(
+    experts: dict[str, Expert], llama: Path, gate: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    mixture = load_mixture(model, gate)
+    with mixture.requests([RequestMixture.only("right")]):
+        right = greedy(model, llama)
+    assert await text_of(experts["base"], ask(model="base+gate:both", gate_bias={"left": None})) == right
+    mixture.remove()
+    base = greedy(model, llama)
+    assert await text_of(experts["base"], ask(model="base+gate:both", gate_bias={"left": None, "right": None})) == base
+    assert await text_of(experts["base"], ask(model="base+gate:both", gate_bias={})) not in (right, base)
+
+
+def shares_of(model: Any, mixture: Any, folder: Path, text: str) -> dict[str, Any]:
+    """What the gates decide for all tokens of prompt and greedy answer but its last, in one pass over them."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    messages = [{"role": "user", "content": text}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    seen: dict[str, Any] = {}
+    with torch.no_grad():
+        whole = model.generate(**prompt, max_new_tokens=12, do_sample=False)
+        for name, one in mixture.gates.items():
+            one.register_forward_hook(lambda _gate, _given, made, name=name: seen.__setitem__(name, made))
+        model(whole[:, :-1])
+    means = {
+        name: [float((made.weights * (made.indices == e)).sum(1).mean()) for e in range(2)]
+        for name, made in seen.items()
+    }
+    return {
+        "tokens": whole.shape[1] - 1,
+        "layers": {
+            name: {adapter: share for adapter, share in zip(mixture.adapters, row, strict=True) if share}
+            for name, row in means.items()
+        },
+    }
+
+
+async def test_a_gate_tells_its_load_for_the_requests_own_tokens(
+    experts: dict[str, Expert], llama: Path, gate: Path
+) -> None:
+    """Prompts of different lengths in one pass, padded, and answers that grow together."""
+    texts = ["a", TEXT, "another question " * 4]
+    plain = [ask(text, model="base+gate:both") for text in texts]
+    bare = [await text_of(experts["base"], request) for request in plain]
+    asked = [ask(text, model="base+gate:both", gate_load=True) for text in texts]
+    answers = await asyncio.gather(*(answer(experts["base"], request) for request in (*asked, *plain)))
+    assert [one["choices"][0]["message"]["content"] for one in answers] == bare + bare
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    mixture = load_mixture(model, gate)
+    for text, told in zip(texts, answers[:3], strict=True):
+        expected = shares_of(model, mixture, llama, text)
+        assert told["gate_load"]["tokens"] == expected["tokens"]
+        assert told["gate_load"]["layers"].keys() == expected["layers"].keys() == mixture.gates.keys()
+        for name, shares in expected["layers"].items():
+            assert told["gate_load"]["layers"][name] == pytest.approx(shares, abs=1e-6), name
+    assert not any("gate_load" in one for one in answers[3:])
+    assert len({str(one["gate_load"]["layers"]) for one in answers[:3]}) == 3
+
+
+async def test_a_streams_last_chunk_and_all_choices_tell_the_load(experts: dict[str, Expert]) -> None:
+    one = await answer(experts["gated"], ask(gate_load=True, ignore_eos=True))
+    parts = await run(experts["gated"], ask(gate_load=True, ignore_eos=True, stream=True))
+    chunks = [orjson.loads(part.data) for part in parts if part.data]
+    assert (chunks[-1]["choices"], chunks[-1]["gate_load"]) == ([], one["gate_load"])
+    assert not any("gate_load" in chunk for chunk in chunks[:-1])
+    two = await answer(experts["gated"], ask(gate_load=True, ignore_eos=True, n=2))
+    assert two["gate_load"]["tokens"] == one["gate_load"]["tokens"] + 11  # the prompt is read once
+    left = await answer(experts["gated"], ask(gate_load=True, gate_bias={"right": None}))
+    assert all(shares == {"left": 1.0} for shares in left["gate_load"]["layers"].values())
+
+
+async def test_what_a_gate_cannot_do_is_refused_before_the_engine_is_asked(
+    experts: dict[str, Expert], llama: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(llama)
+    install_mixture(model, fresh_adapters(model, "smora", rank=8), "smora").save(tmp_path / "ranks")
+    base = base_of(experts)
+    await base.load_adapter("ranks", str(tmp_path / "ranks"))
+    (adapter,) = base._registry._gates["ranks"].adapters  # type: ignore[attr-defined]
+    for field, wish in (("gate_bias", {adapter: 1.0}), ("gate_load", True)):
+        with pytest.raises(ExpertRequestError, match=field) as caught:
+            await run(base, ask(model="base+gate:ranks", **{field: wish}))
+        assert (caught.value.param, caught.value.status) == (field, 400)
+    assert await text_of(base, ask(model="base+gate:ranks"))
+    assert await base.healthy()
+    await base.unload_adapter("ranks")
+
+
 async def test_everything_together_is_as_each_alone(experts: dict[str, Expert]) -> None:
     """Base, adapters, mixtures, gates with biases of their own, greedy and sampled: more adapters than slots."""
     kinds: list[dict[str, Any]] = [
@@ -168,8 +258,12 @@ async def test_everything_together_is_as_each_alone(experts: dict[str, Expert]) 
         ({"model": "base+gate:both", "gate_bias": {"left": float("inf")}}, "gate_bias", 400),
         ({"model": "base+gate:both", "gate_bias": {"left": 1e39}}, "gate_bias", 400),
         ({"model": "base+gate:both", "gate_bias": {"left": 10**400}}, "gate_bias", 400),
+        ({"model": "base+gate:both", "gate_bias": {"left": "1"}}, "gate_bias", 400),
         ({"model": "base+gate:both", "gate_bias": {"left": True}}, "gate_bias", 400),
         ({"model": "base+gate:both", "gate_bias": [1]}, "gate_bias", 400),
+        ({"model": "base+gate:both", "gate_load": "yes"}, "gate_load", 400),
+        ({"model": "base+one", "gate_load": True}, "gate_load", 400),
+        ({"model": "base", "gate_load": True}, "gate_load", 400),
         ({"model": "base+one", "gate_bias": {"left": 1}}, "gate_bias", 400),
     ],
 )

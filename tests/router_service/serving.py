@@ -16,6 +16,7 @@ import uvicorn
 
 from router_service.app import build_application
 from router_service.core.routing import LoadRouter
+from router_service.core.steering import Steering
 from router_service.http.application import Application
 from router_service.settings import read_settings
 from routers.contracts import Observations
@@ -107,6 +108,7 @@ async def serving(
     own: frozenset[str] = frozenset(),
     load: LoadRouter | None = None,
     spaces: Mapping[str, str] | None = None,
+    steering: Mapping[str, Steering] | None = None,
 ) -> AsyncIterator[Running]:
     settings = read_settings(environment or {}, redis_url=redis.url, data_folder=redis.folder, redis_timeout_s=0.5)
     names = [expert.name for expert in experts]
@@ -117,6 +119,7 @@ async def serving(
         policies={served.name: served for served in policies},
         own=own,
         spaces=spaces,
+        steering=steering,
         load=load or (lambda _, promoted: load_router(promoted) if promoted else best_router(good or names[0], *names)),
     )
     with socket.socket() as listener:

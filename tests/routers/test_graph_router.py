@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ import torch
 import yaml
 
 from experts.cards import ExpertCard
+from routers import artefact as artefacts
+from routers.artefact import AnyArray
 from routers.checkpoint import Checkpoint
 from routers.contracts import FloatArray, Observations, Query
 from routers.embedder import Embedder
@@ -167,6 +170,47 @@ def test_save_and_load_with_an_expert_that_joined(router: GraphRouter, table: Ob
     assert [card.name for card in loaded.cards].count(NEW.name) == 1
 
 
+def change(folder: Path, **arrays: Any) -> None:
+    """Put other arrays into an artefact; None takes one out."""
+    found = artefacts.read(folder)
+    changed = {**found.arrays, **{f"graph.{name}": value for name, value in arrays.items()}}
+    header = {key: value for key, value in found.header.items() if key not in ("arrays", "sha256")}
+    artefacts.write(folder, header, {name: array for name, array in changed.items() if array is not None})
+
+
+def told(nodes: Any) -> AnyArray:
+    return np.frombuffer(json.dumps(nodes).encode(), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "says"),
+    [
+        ({"task_nodes": told([])}, "has no task nodes"),
+        ({"task_nodes": told(["sums", "dates", "cities"])}, "does not say what its task nodes are"),
+        ({"task_nodes": told([{"name": 1, "made_of": "queries", "nearest": {}}])}, "does not say what its task nodes"),
+        ({"task_nodes": told([{"name": "a", "made_of": "queries", "nearest": {}}])}, "'graph.task_features' in shape"),
+        ({"centre": np.zeros(3, np.float32)}, "'graph.centre' in shape"),
+        ({"task_states": np.full((2, 3, 5), np.nan, np.float32)}, "unknown values in array 'graph.task_states'"),
+        ({"trained_on": np.array([6])}, "was trained on 6 of its 5 experts"),
+        ({"link": None}, "lacks the array 'graph.link'"),
+    ],
+)
+def test_an_artefact_that_cannot_be_this_router_is_refused(
+    router: GraphRouter, tmp_path: Path, arrays: dict[str, Any], says: str
+) -> None:
+    router.save(tmp_path)
+    change(tmp_path, **arrays)
+    with pytest.raises(RouterConfigError, match=says):
+        load_router(tmp_path, embedder=router._used_embedder())
+
+
+def test_text_features_of_another_size_are_refused(router: GraphRouter, tmp_path: Path) -> None:
+    router._text = router._text.words_through(np.zeros((router._text.projection.shape[1] - 1, 2), np.float32))
+    router.save(tmp_path)
+    with pytest.raises(RouterConfigError, match=r"'graph.centre' in shape"):
+        load_router(tmp_path, embedder=router._used_embedder())
+
+
 @pytest.mark.parametrize("killed_after", [1, 17, 39])
 def test_a_killed_training_ends_with_the_same_parameters(tmp_path: Path, killed_after: int) -> None:
     graph = random_graph(experts=4, queries=200)
@@ -222,6 +266,19 @@ def test_an_expert_joins_by_its_edges_and_nobody_else_changes(router: GraphRoute
     assert after.cost_usd[:, -1].mean() == pytest.approx(
         2 * before.cost_usd[:, twin].mean(), rel=0.3
     )  # twice the price
+
+
+def test_an_expert_that_joins_above_one_moves_nobody(router: GraphRouter, table: Observations) -> None:
+    asked = queries(table.texts)
+    before = router.estimate(asked, table.cards).quality
+    like_cities = table.cards[2].model_copy(update={"name": "always right on dates"})
+    dates = observed(table, "base", range(0, 180, 3), like_cities)
+    router.add_expert(like_cities, replace(dates, quality=np.ones_like(dates.quality)))
+    membership = router._membership(table.texts, router._used_embedder().embed(table.texts))
+    assert router._nodes.expected(EFFECT, membership)[:, -1].max() > 1.1
+    after = router.estimate(asked, [*table.cards, like_cities]).quality
+    np.testing.assert_array_equal(after[:, :-1], before)
+    assert after[:, -1].max() == 1
 
 
 def test_a_node_of_all_its_edges_is_the_one_that_training_made(table: Observations, fake_embedder: Embedder) -> None:
@@ -286,6 +343,7 @@ def test_tasks_are_read_off_the_text(router: GraphRouter, table: Observations) -
     assert np.mean([guess.task == task for guess, task in zip(found, table.tasks, strict=True)]) > 0.95
     assert np.mean([guess.known for guess in found]) > 0.95
     assert {guess.made_of for guess in found if guess.known} == {"queries"}
+    assert {type(guess.known) for guess in found} == {bool}  # so that it can be written as JSON
     for guess in found:
         assert next(iter(guess.nearest)) == guess.task
         assert sum(guess.nearest.values()) == pytest.approx(1, abs=0.03)
@@ -378,6 +436,17 @@ def test_a_query_without_a_label_trains_all_the_same(table: Observations, fake_e
     some = ["" if i % 4 else task for i, task in enumerate(table.tasks)]
     found = make(fake_embedder).fit(replace(table, tasks=some)).tasks(table.texts)
     assert np.mean([guess.task == task for guess, task in zip(found, table.tasks, strict=True)]) > 0.8
+
+
+def test_few_labels_and_few_observed_queries_train_all_the_same(table: Observations, fake_embedder: Embedder) -> None:
+    """Halves of a step then have no labelled query, or would have no edge."""
+    few = replace(table, tasks=["dates", "sums", *[""] * 178])
+    sparse = replace(table, quality=np.where(np.arange(180)[:, None] % 60 < 1, table.quality, np.nan))
+    for some in (few, sparse):
+        router = make(fake_embedder, steps=60).fit(some)
+        untrained = float(fresh().log_task_counts_as[EFFECT].detach().exp())
+        assert abs(router._task_counts_as[EFFECT] - untrained) > 0.1
+        assert np.isfinite(router.estimate(queries(table.texts), table.cards).quality).all()
 
 
 # The paper's loss

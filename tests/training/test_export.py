@@ -49,6 +49,12 @@ def test_the_expert_that_answered_after_another_failed_gets_the_rating() -> None
     assert [(row.experts[0].expert, row.split) for row in exported.rows] == [("b", "test")]
 
 
+def test_a_call_beside_the_answers_is_no_answer() -> None:
+    calls = [call("a"), {**call("writer"), "beside": True}]
+    (row,) = Export([entry("x", calls=calls)], {("x", "me"): 1.0}, {"a", "writer"}, test_share=0.0).rows
+    assert [observed.expert for observed in row.experts] == ["a"]
+
+
 def test_what_says_nothing_of_one_experts_quality_is_left_out_and_counted() -> None:
     entries = [
         entry("failed", status=503),

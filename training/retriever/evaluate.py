@@ -9,7 +9,7 @@ systems can be compared query by query; intervals come from the bootstrap weight
     mean, max, softmax  RouterRetriever by its aggregation of pilots
     classifier        the adapter of the domain that a logistic regression on base embeddings names
     dataset_oracle    the adapter of the query's own collection
-    query_oracle      the adapter that served the query best (nDCG@10): what no router can be above
+    query_oracle      the expert, an adapter or the base, that served the query best (nDCG@10): above any router
 """
 
 from __future__ import annotations
@@ -163,9 +163,8 @@ def evaluate(retriever: Retriever, collections: Collections, on_progress: OnProg
     routed["dataset_oracle"] = [own[collection] for collection in collections.of_query]
     for name, experts in routed.items():
         measured(name, chosen(experts))
-    systems["query_oracle"] = _query_oracle(
-        collections, [vectors[retriever.expert(name)] for name in retriever.domains]
-    )
+    experts = [*map(retriever.expert, retriever.domains), base]
+    systems["query_oracle"] = _query_oracle(collections, [vectors[name] for name in experts])
     return Measured(systems, routed)
 
 

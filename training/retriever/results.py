@@ -257,11 +257,12 @@ def _systems_table(figures: Json) -> str:
 
 def _differences_table(differences: Json) -> str:
     rows = [
-        [index, pair, *(_cell(found[over], sign="+") for over in ("queries", "collections"))]
+        [index, name, pair, *(_cell(found[over], sign="+") for over in ("queries", "collections"))]
         for index, figures in differences.items()
-        for pair, found in figures["ndcg@10"].items()
+        for figure, name in (("ndcg@10", "nDCG@10"), ("recall@100", "R@100"))
+        for pair, found in figures[figure].items()
     ]
-    return markdown(["index", "nDCG@10 of", "over queries", "over collections"], rows)
+    return markdown(["index", "figure", "difference", "over queries", "over collections"], rows)
 
 
 def _routing_table(routing: Json) -> str:

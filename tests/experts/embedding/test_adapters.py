@@ -95,7 +95,7 @@ def test_what_cannot_be_loaded_is_refused_and_changes_nothing(
     tiny: Path, loras: dict[str, Path], tmp_path: Path
 ) -> None:
     encoder = encoder_of(tiny)
-    with pytest.raises(ExpertConfigError, match=r"adapter 'new' .*adapter_config.json cannot be read"):
+    with pytest.raises(ExpertConfigError, match=r"adapter 'new': adapter_config.json cannot be read"):
         encoder.load({"air": loras["air"], "new": tmp_path})
     assert encoder.names == []
     with pytest.raises(ExpertConfigError, match="no adapter 'air' is loaded"):

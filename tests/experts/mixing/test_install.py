@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from experts.errors import MixingError
 from experts.mixing import (
     GATES,
+    GateLoad,
     LayerAdapter,
     RequestMixture,
     fresh_adapters,
@@ -173,6 +174,7 @@ def test_a_gate_file_that_does_not_fit_leaves_the_model_alone(
         ([RequestMixture(weights={"a": float("nan")})], None, "weight of 'a' must be a finite number, got nan"),
         ([RequestMixture(bias={"a": float("inf")})], None, "bias of 'a'"),
         ([RequestMixture(weights={"a": 1.0}, bias={"b": 1.0})], None, "not both"),
+        ([RequestMixture(weights={"a": 1.0}, load=GateLoad())], None, "where the gate decides"),
         ([RequestMixture()], torch.tensor([0, 1]), r"must be in \[0, 1\), got 0 to 1"),
         ([RequestMixture()], torch.tensor([0.0]), "must be integers"),
     ],
@@ -196,6 +198,7 @@ def test_wrong_requests_are_refused_when_they_are_set(
         ),
         ("flylora", RequestMixture.only("expert-0"), "the gate, or the base alone"),
         ("smora", RequestMixture(bias={"expert-0": 1.0}), "takes no bias: a request has the gate, or the base alone"),
+        ("smora", RequestMixture(load=GateLoad()), "among adapters"),
         (
             "static",
             RequestMixture(bias={"a": 1.0}),

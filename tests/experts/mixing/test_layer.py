@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM
 
 from experts.errors import MixingError
-from experts.mixing import GATES, LayerAdapter, Mixture, RequestMixture, fresh_adapters, install_mixture
+from experts.mixing import GATES, GateLoad, LayerAdapter, Mixture, RequestMixture, fresh_adapters, install_mixture
 from experts.mixing.layer import MixedLoraLinear
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -94,6 +94,33 @@ def test_requests_of_all_kinds_share_a_batch(model: nn.Module, adapters: Adapter
                 alone = model(batch[:1]).logits
             torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-4, atol=1e-4)
         assert len({round(float(row.norm()), 3) for row in together}) == 5
+
+
+def test_each_request_learns_what_its_own_tokens_got(model: nn.Module, adapters: Adapters) -> None:
+    mixture = some_mixture(model, adapters, "dynmole")  # whose weights sum to less than 1
+    layer, gate = mixture.layers[LAYER], mixture.gates[LAYER]
+    names = [mixture.adapters[e] for e in layer.adapters]
+    x = torch.randn(6, 32, generator=torch.Generator().manual_seed(2))
+    made = gate(x)
+    weights = torch.zeros(6, len(names)).scatter_add(1, made.indices.clamp(min=0).long(), made.weights)
+
+    def told(load: GateLoad, rows: list[int]) -> None:
+        shares = load.shares()[LAYER]
+        expected = dict(zip(names, weights[rows].mean(0).tolist(), strict=True))
+        assert shares == pytest.approx({name: share for name, share in expected.items() if share})
+        assert load.tokens == len(rows)
+
+    first, second = GateLoad(), GateLoad()
+    wishes = [RequestMixture(load=first), RequestMixture(), RequestMixture(load=second, own=1)]
+    with mixture.requests(wishes):  # two tokens each
+        layer(x.view(3, 2, 32))
+    layer(x)  # nobody asks any more
+    told(first, [0, 1])
+    told(second, [5])
+    mixture.state.set([RequestMixture(), RequestMixture(load=first)], request_of_token=torch.tensor([1, 1, 0, 0, 1, 0]))
+    layer(x)
+    told(first, [0, 1, 0, 1, 4])
+    assert (GateLoad().tokens, GateLoad().shares()) == (0, {})
 
 
 def test_tokens_of_several_requests_lie_side_by_side(model: nn.Module, adapters: Adapters) -> None:

@@ -7,20 +7,32 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from huggingface_hub import constants
 from typer.testing import CliRunner
 
+from experts.build import build_experts
 from experts.embedding.adapters import write_encoder
-from experts.fleet import Fleet
+from experts.fleet import Fleet, FleetEntry
+from router_service.assembly import assemble
 from router_service.cli import app
 from router_service.cli.console import CommandError
+from router_service.settings import read_settings
+from routers.policy import Policy
 from tests.router_service.fakes import FakeExpert, RedisProcess
-from tests.router_service.retrieving import AIR, MED, retriever_fleet, retrieving, router_of
+from tests.router_service.retrieving import AIR, MED, POLICY, retriever_fleet, retrieving, router_of
 from tests.router_service.serving import Running, eventually
 
 pytestmark = pytest.mark.slow
 
 TEXTS = [*AIR, *MED]
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not on this machine is nowhere."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +139,10 @@ async def test_what_cannot_be_added_is_refused_and_changes_nothing(
     async with retrieving(redis_server, fleet, leave_out=["med"]) as service:
         for body, status, said in (
             (med(fleet, path=str(tmp_path / "nowhere")), 400, "there is no folder"),
-            (med(fleet, path="./med"), 400, "absolute folder"),
+            (med(fleet, path="./med"), 400, "an absolute folder, an fsspec URL (s3://...) or a name on the hub"),
+            (med(fleet, path="memory://nowhere"), 400, "no adapter at 'memory://nowhere'"),
+            (med(fleet, path="us/nowhere", revision="v1"), 400, "cannot be had from the hub"),
+            (med(fleet, revision="v1"), 400, "revision 'v1' is for a name on the hub"),
             (med(fleet, path=str(tmp_path)), 400, "adapter_config.json cannot be read"),
             (med(fleet, path=str(other)), 400, "it was trained on the encoder 000000000000"),
             (med(fleet, base="nobody"), 400, "no expert 'nobody' to be the base"),
@@ -160,6 +175,56 @@ async def test_an_adapter_beside_another_encoder_is_refused(redis_server: RedisP
             response = await service.client.post("/v1/adapters", json=med(fleet))
             assert (response.status_code, said in response.text) == (status, True), response.text
             assert ("med" in await names(service)) == (status == 201)
+
+
+async def test_a_service_knows_which_experts_of_its_fleet_can_be_compared(
+    redis_server: RedisProcess, fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same, of a service that was put together from its fleet alone."""
+    monkeypatch.setattr("router_service.assembly.configure_logging", lambda **_: None)  # it is for a whole process
+    source = fleet.experts[0].encoder
+    far = FleetEntry.model_validate(
+        {"name": "far", "encoder": {"model": source.model if source else "", "pooling": "cls"}}
+    )
+    served = Fleet(experts=(*fleet.experts[:2], far))
+    for denied, status, said in (
+        (["search", "air"], 400, "choose between 'med' and 'far'"),
+        (["far"], 201, '"policies":["embeddings"]'),
+    ):
+        constraints = {"deny": {"names": denied}}
+        policies = {"embeddings": Policy.model_validate({"name": "embeddings", **POLICY, "constraints": constraints})}
+        settings = read_settings({}, redis_url=redis_server.url, data_folder=redis_server.folder)
+        application = assemble(settings, served, build_experts(served), policies)
+        await application.service.start()
+        transport = httpx.ASGITransport(application)  # type: ignore[arg-type]
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            response = await client.post("/v1/adapters", json=med(fleet))
+            assert (response.status_code, said in response.text) == (status, True), response.text
+        await application.service.close()
+
+
+async def test_an_adapter_of_the_hub_is_added_and_found_again(
+    redis_server: RedisProcess, fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--us--med"  # as fetching it once would leave it
+    for part in ("refs", "snapshots"):
+        (folder / part).mkdir(parents=True)
+    (folder / "refs" / "v1").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).symlink_to(med(fleet)["path"])
+    async with retrieving(redis_server, fleet) as service:
+        expected = await embedded(service, "med")
+
+    async def there() -> bool:
+        return "med" in await names(service)
+
+    async with retrieving(redis_server, fleet, leave_out=["med"]) as service:
+        added = await service.client.post("/v1/adapters", json=med(fleet, path="us/med", revision="v1"))
+        assert (added.status_code, added.json()["revision"]) == (201, "v1")
+        assert await embedded(service, "med") == expected
+    async with retrieving(redis_server, fleet, leave_out=["med"]) as service:
+        await eventually(there)
+        assert await embedded(service, "med") == expected
 
 
 async def test_the_commands_do_the_same(

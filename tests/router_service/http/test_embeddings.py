@@ -6,6 +6,7 @@ import asyncio
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import openai
 import pytest
@@ -23,6 +24,7 @@ from routers.errors import RouterConfigError
 from routers.policy import Constraints, Policy
 from tests.router_service.fakes import FakeExpert, RedisProcess
 from tests.router_service.retrieving import AIR, MED, POLICY, encoder_of, retriever_fleet, retrieving
+from tests.router_service.serving import eventually
 
 pytestmark = pytest.mark.slow
 
@@ -109,6 +111,21 @@ async def test_an_expert_that_is_late_is_given_up_after_the_policys_time_for_an_
         assert response.json()["data"][0]["expert"] in ("search", "air")
         calls = (await service.stream(count=1))[0]["calls"]
         assert "late" in next(call["error"] for call in calls if call["expert"] == "med")
+
+
+@pytest.mark.parametrize("model", ["auto", "med"])
+async def test_a_client_that_hangs_up_stops_its_experts(redis_server: RedisProcess, fleet: Fleet, model: str) -> None:
+    slow = SlowExpert("med")
+
+    async def stopped() -> bool:
+        return slow.stopped
+
+    async with retrieving(redis_server, fleet, replaced={"med": slow}) as service:
+        with pytest.raises(httpx.ReadTimeout):
+            await service.client.post("/v1/embeddings", json={"model": model, "input": MED[0]}, timeout=0.5)
+        await eventually(stopped)
+        (entry,) = await service.stream(count=1)
+        assert (entry["status"], entry["calls"][0]["error"]) == (499, "cut off")
 
 
 async def test_where_a_request_is_at_fault_no_other_call_is_left_running(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import orjson
 import pytest
@@ -12,10 +14,13 @@ import yaml
 
 from experts.build import build_group
 from experts.errors import ExpertError, ExpertUnavailableError
-from experts.expert import Expert, ExpertRequest
+from experts.expert import Expert, ExpertRequest, Part
 from experts.fleet import AdapterSource, Fleet, FleetEntry
 from router_service.core.adapters import Adapters
 from router_service.errors import BadRequestError, ConflictError
+from router_service.serve.applications import ExpertReplica
+from router_service.serve.wire import pack_request, unpack_reply
+from router_service.state.adapters import register, withdraw
 from router_service.state.link import RedisLink
 from tests.router_service.retrieving import retriever_fleet
 from tests.router_service.serve.asking import handle_expert
@@ -94,6 +99,57 @@ async def test_every_replica_loads_an_added_adapter_and_forgets_it(fleet: Fleet)
         await adapters.add(wrong)
     for expert in built.values():
         await expert.close()
+    await link.close()
+
+
+class Replica(ExpertReplica):
+    """One in this process, which nobody but these tests ends."""
+
+    def __del__(self) -> None:  # type: ignore[override]
+        pass
+
+    async def close(self) -> None:
+        for expert in self._experts.values():
+            await expert.close()
+
+    async def has(self, name: str) -> bool:
+        return name in self._experts
+
+
+async def test_health_and_requests_do_not_wait_for_an_adapter_that_is_slow_to_come(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROUTER_REDIS_PREFIX", "slow")  # what is added here, the replicas of `fleet` do not see
+    source = fleet.experts[2].adapter
+    slow = shutil.copytree(source.path if source else "", tmp_path / "slow")
+    config = (slow / "adapter_config.json").read_bytes()
+    (slow / "adapter_config.json").unlink()
+    os.mkfifo(slow / "adapter_config.json")  # whoever reads it waits until it is written
+    link = RedisLink(os.environ["REDIS_URL"], prefix="slow")
+    assert await link.probe()
+    replica = Replica(fleet.groups[0].model_copy(update={"adapters": ()}))
+    entry = FleetEntry.model_validate(
+        {"name": "slow", "kind": "embedding", "adapter": {"base": "search", "path": str(slow)}}
+    )
+    assert await register(link, entry)
+    try:
+        async with asyncio.timeout(60):
+            for _ in range(3):
+                await replica.check_health()
+            assert isinstance(unpack_reply(await replica.embed("search", pack_request(ASKED))), Part)
+            assert not await replica.has("slow")
+    finally:
+        await asyncio.to_thread((slow / "adapter_config.json").write_bytes, config)
+    await eventually(lambda: replica.has("slow"))
+    assert isinstance(unpack_reply(await replica.embed("slow", pack_request(ASKED))), Part)
+    await withdraw(link, "slow")
+
+    async def asked_until_gone() -> bool:
+        await replica.check_health()
+        return not await replica.has("slow")
+
+    await eventually(asked_until_gone)
+    await replica.close()
     await link.close()
 
 

@@ -19,6 +19,7 @@ from experts.expert import ExpertRequest, Part
 from experts.fleet import load_fleet
 from router_service.serve.handle import HandleExpert
 from tests.router_service.serve.asking import eventually, handle_expert, parts_of, request, text_of
+from tests.router_service.serving import eventually as until
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("cluster")]
 
@@ -75,6 +76,39 @@ async def test_a_cancelled_caller_stops_the_generation_in_the_replica() -> None:
     assert await eventually(expert, 2.0)
 
 
+async def test_a_cancelled_caller_stops_its_embedding_in_the_replica() -> None:
+    from ray import serve
+
+    class Endless:
+        """Well once a call of it was stopped."""
+
+        def __init__(self) -> None:
+            self.begun = self.stopped = False
+
+        async def embed(self, name: str, request: object) -> None:
+            self.begun = True
+            try:
+                await asyncio.sleep(600)
+            finally:
+                self.stopped = True
+
+        async def healthy(self, name: str) -> bool:
+            return self.stopped if name == "stopped" else self.begun
+
+    deployment = serve.deployment(Endless).options(ray_actor_options={"num_cpus": 0})
+    handle = serve.run(deployment.bind(), name="endless", route_prefix=None)
+    try:
+        asked = ExpertRequest(id="e", endpoint="embeddings", body={"input": "a"}, timeout_s=600)
+        task = asyncio.create_task(HandleExpert("endless", handle).embed(asked))
+        await until(HandleExpert("begun", handle).healthy)
+        task.cancel()
+        await until(HandleExpert("stopped", handle).healthy)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    finally:
+        serve.delete("endless")
+
+
 async def test_resources_are_those_of_the_fleet_file() -> None:
     import ray
     from ray import serve
@@ -113,6 +147,7 @@ async def test_without_a_replica_a_request_does_not_wait_for_the_next_one() -> N
 
 
 def replica_pid(application: str) -> int:
-    """The process of one of an application's replicas, among those that Ray started for this test."""
+    """The process of one of an application's replicas, among those of this test's own Ray."""
     title = f"ray::ServeReplica:{application}:Experts"
-    return next(p.pid for p in psutil.process_iter(["cmdline"]) if title in " ".join(p.info["cmdline"] or []))
+    own = psutil.Process().children(recursive=True)
+    return next(p.pid for p in own if title in " ".join(p.cmdline()))
