@@ -47,7 +47,7 @@ def _fetch(url: str, folder: Path) -> None:
             target = folder / str(file).removeprefix(root).lstrip("/")
             target.parent.mkdir(parents=True, exist_ok=True)
             files.get_file(file, str(target))
-    except (OSError, ValueError, ImportError) as error:
+    except Exception as error:  # every file system has errors of its own
         raise ExpertConfigError(f"{url!r} cannot be read: {error}") from error
     if not found:
         raise ExpertConfigError(f"there is no adapter at {url!r}")

@@ -34,14 +34,15 @@ class Work:
     """How an engine of our own came by one answer, for metrics. Seconds count from when the engine was asked.
 
     `batch_size` is the mean number of answers that grew together, `cache_use` the share of the key-value cache's memory
-    that was in use; `adapter_hits` of its adapters were on the device, `adapter_loads` had to be copied there.
+    that was in use, `tokens_per_s` the speed after the first token; None is not known. `adapter_hits` of its adapters
+    were on the device, `adapter_loads` had to be copied there.
     """
 
-    queue_s: float
+    queue_s: float | None
     first_token_s: float
-    tokens_per_s: float
+    tokens_per_s: float | None
     batch_size: float
-    cache_use: float
+    cache_use: float | None
     adapter_hits: int
     adapter_loads: int
 

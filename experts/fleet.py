@@ -30,6 +30,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, HttpUrl, Vali
 
 from experts.cards import ExpertCard, Kind
 from experts.errors import ExpertConfigError
+from experts.mixtures import MOST_WEIGHT
 
 POCKET_FLEET = Path(__file__).resolve().parent.parent / "deploy" / "fleets" / "pocket.yaml"
 """The fleet that ships with the project."""
@@ -100,7 +101,7 @@ class MixtureSource(_Model):
     """
 
     base: str = Field(min_length=1)
-    adapters: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = {}
+    adapters: dict[str, Annotated[float, Field(ge=-MOST_WEIGHT, le=MOST_WEIGHT, allow_inf_nan=False)]] = {}
     gate: str | None = Field(default=None, min_length=1)
     revision: str | None = None
     writer: str | None = Field(default=None, min_length=1)

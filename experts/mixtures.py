@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from experts.errors import ExpertRequestError
 
+MOST_WEIGHT = 1e6
+"""No weight means more, and float32 has room for it."""
+
 _GATE = "gate:"
 
 
@@ -48,8 +51,9 @@ def _weight(name: str, text: str) -> float:
         weight = float(text)
     except ValueError:
         weight = math.nan
-    if not math.isfinite(weight):
-        raise _wrong(f"the weight of adapter {name[:128]!r} must be a finite number, got {text[:32]!r}")
+    if not abs(weight) <= MOST_WEIGHT:  # NaN is not
+        message = f"must be a finite number of at most {MOST_WEIGHT:g}, got {text[:32]!r}"
+        raise _wrong(f"the weight of adapter {name[:128]!r} {message}")
     return weight
 
 

@@ -129,7 +129,8 @@ class Metrics:
         """Count how an engine of our own came by one answer."""
         values = (work.queue_s, work.first_token_s, work.tokens_per_s, work.batch_size, work.cache_use)
         for histogram, value in zip(self._engine, values, strict=True):
-            histogram(expert).observe(value)
+            if value is not None:
+                histogram(expert).observe(value)
         self._adapters(expert, "hit").inc(work.adapter_hits)
         self._adapters(expert, "load").inc(work.adapter_loads)
 

@@ -23,6 +23,10 @@ PREFILL_CHUNK = 512
 _LENGTHS = (256, 1024, 4096, 16384, 65536, 262144)
 """Answers step together with others up to the same of these lengths: a short one does not pay for a long one."""
 
+_SOON = 64
+_MOVES = 1
+"""So many answers that will need a longer place within so many tokens get it in a turn."""
+
 _SAME = 0.03
 """Relative difference of logits that rounding explains, in half precision."""
 
@@ -156,17 +160,26 @@ class Batch:
 
     def join(self, row: Row, first: int, ready: Ready) -> None:
         """Take a row whose prompt was read."""
-        slot = self._new_slot(row, first, ready.tokens)
+        slot = self._new_slot()
         self._cache.read_in(slot, ready.cache, ready.row, ready.tokens)
+        self._add(row, first, ready.tokens)
 
     def pull(self, other: Batch, i: int) -> None:
         """Take row `i` of another batch, which drops it later."""
-        slot = self._new_slot(other.rows[i], int(other._tokens[i]), other._ends[i])
+        slot = self._new_slot()
         self._cache.take_over(slot, other._cache, i, other._ends[i])
+        self._add(other.rows[i], int(other._tokens[i]), other._ends[i])
 
     def outgrown(self) -> list[int]:
-        """The rows that have no place for another token."""
-        return [i for i, end in enumerate(self._ends) if end >= self.length]
+        """The rows that have no place for another token, and a few that soon will have none.
+
+        Rows that began together would have to go together, and all answers would wait for it.
+        """
+        outgrown = [i for i, end in enumerate(self._ends) if end >= self.length]
+        if self.length == self._model.longest:
+            return outgrown
+        soon = [i for i, end in enumerate(self._ends) if self.length - _SOON <= end < self.length]
+        return sorted(outgrown + soon[: max(0, _MOVES - len(outgrown))])
 
     def step(self) -> None:
         """One token more for each row."""
@@ -208,14 +221,17 @@ class Batch:
             self._changed = True
         return dropped
 
-    def _new_slot(self, row: Row, first: int, tokens: int) -> int:
+    def _new_slot(self) -> int:
+        """A slot for another row; that is added once its keys and values are there, for which memory may lack."""
+        self._cache.reserve(len(self.rows) + 1, max(self._ends, default=0))
+        return len(self.rows)
+
+    def _add(self, row: Row, first: int, tokens: int) -> None:
         slot = len(self.rows)
-        self._cache.reserve(slot + 1)
+        self._tokens[slot], self._lengths[slot] = first, tokens
         self.rows.append(row)
         self._ends.append(tokens)
-        self._tokens[slot], self._lengths[slot] = first, tokens
         self._changed = True
-        return slot
 
     def _new_mask(self) -> Tensor | None:
         """What is added to attention's scores [rows, length]: 0 for a row's tokens, the least number elsewhere.
@@ -263,8 +279,9 @@ def length_class(tokens: int, context: int) -> int:
 @torch.inference_mode()
 def first_pass(model: LocalModel, mixture: Mixture) -> bool:
     """Read a prompt of two tokens and make one more; whether all numbers are finite."""
-    if not model.pool.acquire(mixture.adapters):
+    if not model.pool.fits(mixture.adapters):
         raise ValueError("its adapters find no room")
+    model.pool.acquire(mixture.adapters)
     cache, device = model.new_cache(), model.device
     tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
     positions = torch.arange(3, device=device)[None]
@@ -283,7 +300,7 @@ def can_share(model: LocalModel) -> bool:
     device = model.device
     prompts = [[0], [0, 0, 0, 0]]
     together = SlotCache(model.layers, most=2, length=8, device=device)
-    together.reserve(2)
+    together.reserve(2, 0)
     alone = []
     for slot, prompt in enumerate(prompts):
         cache, tokens = model.new_cache(), torch.tensor([prompt], device=device)

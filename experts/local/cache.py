@@ -14,6 +14,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from experts.local.attention import with_lengths
 
 _FIRST_SLOTS = 4
+_UNTOUCHED_TOKENS = 2**16
+"""So many are reserved at once where what is never written takes no memory: enlarging copies, and all wait for that."""
 
 
 class SlotCache(Cache):  # type: ignore[misc]
@@ -37,12 +39,14 @@ class SlotCache(Cache):  # type: ignore[misc]
         for layer in self.layers:
             layer.begin_step(rows, places, seen, longest + 1)
 
-    def reserve(self, slots: int) -> None:
-        """Have at least so many slots."""
+    def reserve(self, slots: int, used: int) -> None:
+        """Have at least so many slots, of which as yet no more than the first `used` tokens are in use."""
         if slots > self.slots:
-            self.slots = min(self._most, max(slots, 2 * self.slots, _FIRST_SLOTS))
+            free = self._device.type == "cpu" and self._most * self.length <= _UNTOUCHED_TOKENS
+            more = self._most if free else min(self._most, max(slots, 2 * self.slots, _FIRST_SLOTS))
             for layer in self.layers:
-                layer.resize(self.slots)
+                layer.resize(more, used)
+            self.slots = more
 
     def read_in(self, slot: int, prompt: DynamicCache, row: int, tokens: int) -> None:
         """Copy the last `tokens` tokens of a row of another cache."""
@@ -79,9 +83,9 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     def begin_step(self, rows: int, places: Tensor, lengths: Tensor, seen: int) -> None:
         self._rows, self._places, self._lengths, self._seen = rows, places, lengths, seen
 
-    def resize(self, slots: int) -> None:
+    def resize(self, slots: int, used: int) -> None:
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = _enlarged(self.keys, slots), _enlarged(self.values, slots)
+            self.keys, self.values = _enlarged(self.keys, slots, used), _enlarged(self.values, slots, used)
 
     def write(self, slot: int, slots: int, keys: Tensor, values: Tensor) -> None:
         """Put keys and values [heads, tokens, d] into a slot."""
@@ -123,9 +127,9 @@ def _zeros(like: Tensor, *shape: int) -> Tensor:
     return torch.from_numpy(buffer).view(like.dtype).view(shape)
 
 
-def _enlarged(side: Tensor, slots: int) -> Tensor:
+def _enlarged(side: Tensor, slots: int, used: int) -> Tensor:
     larger = _zeros(side, slots, *side.shape[1:])
-    larger[: side.shape[0]] = side
+    larger[: side.shape[0], :used] = side[:, :used]
     return larger
 
 

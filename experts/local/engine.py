@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -20,7 +21,6 @@ from experts.local.model import LocalModel
 from experts.local.pool import Adapter
 from experts.local.queue import FairQueue
 from experts.local.row import Job, Piece, Row
-from kernels import KernelError
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,7 @@ class Engine:
         self._alone: list[Alone] = []
         self._outbox: list[tuple[Job, Piece | ExpertError]] = []
         self._steps = self._stepped_rows = 0
+        self._step_s = 0.0  # how long the last step of all took
         self._free = max_batch  # as the last turn left it, for other threads to see
         self._closing = False
         self._thread = threading.Thread(target=self._run, name=f"expert-{name}", daemon=True)
@@ -85,7 +86,9 @@ class Engine:
 
     def forget(self, adapter: Adapter) -> None:
         """Let go of an adapter that nobody can ask for any more."""
-        self._retired.append(adapter)
+        with self._changed:
+            self._retired.append(adapter)
+            self._changed.notify()
 
     def close(self) -> None:
         """Stop after the current step; jobs under way fail. Blocks until the thread has ended."""
@@ -130,7 +133,9 @@ class Engine:
     def _wait_for_work(self) -> bool:
         """Whether there is something to do; False when closing."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or self._queue or self._prompts or self._rows())
+            self._changed.wait_for(
+                lambda: self._closing or self._queue or self._retired or self._prompts or self._rows()
+            )
         return not self._closing
 
     def _growing(self) -> list[Steps]:
@@ -164,27 +169,34 @@ class Engine:
     def _admit(self) -> None:
         """Begin to read the prompts of waiting jobs, while there is room for all rows of one and for its adapters.
 
-        Where answers grow, no more begin in a turn once so many adapters were copied that these would wait for it.
+        Where answers grow, no more begin in a turn once a few adapters were copied, or that took as long as a step.
         """
+        pool = self._model.pool
         with self._changed:
-            free = self.max_batch - len(self._rows())
-            most_loads = self._model.pool.loads + (_COPIES if self._growing() else self._model.pool.slots)
+            self._free = self.max_batch - len(self._rows())
+        hurried = bool(self._growing())
+        most_loads = pool.loads + (_COPIES if hurried else pool.slots)
+        most_load_s = pool.load_s + (self._step_s if hurried else math.inf)
+        while self._free and pool.loads < most_loads and pool.load_s <= most_load_s:
+            if (job := self._next()) is None:
+                return
+            if not job.cancelled and self._guarded(partial(self._acquire, job), [job]):
+                self._begin(job)
 
-            def fits(job: Job) -> bool:
-                return job.rows <= free and self._acquire(job)
-
-            while free and self._model.pool.loads < most_loads and (job := self._queue.pop(fits)) is not None:
-                if not job.cancelled:
-                    free -= job.rows
-                    self._begin(job)
-            self._free = free
+    def _next(self) -> Job | None:
+        """Who begins now, if anybody can. Its adapters are copied later: event loops wait for this lock."""
+        with self._changed:
+            job = self._queue.pop(lambda job: job.rows <= self._free and self._model.pool.fits(job.mixture.adapters))
+            if job is not None and not job.cancelled:
+                self._free -= job.rows
+        return job
 
     def _acquire(self, job: Job) -> bool:
         pool, pace = self._model.pool, job.pace
         hits, loads = pool.hits, pool.loads
-        acquired = pool.acquire(job.mixture.adapters)
+        pool.acquire(job.mixture.adapters)
         pace.adapter_hits, pace.adapter_loads = pool.hits - hits, pool.loads - loads
-        return acquired
+        return True
 
     def _begin(self, job: Job) -> None:
         n = job.generation.n
@@ -196,7 +208,13 @@ class Engine:
             rows = [Row(job, i, j, self._model.tokenizer, self._model.end_tokens) for j in range(n)]
             shared = [rows] if self._model.batchable else [[row] for row in rows]
             self._prompts.extend(map(Prompt, shared))
-            self._queue.charge(job.flow, len(prompt))
+            self._charge([job], len(prompt))
+
+    def _charge(self, jobs: Sequence[Job], tokens: int) -> None:
+        """Count tokens that each of `jobs` was served."""
+        with self._changed:
+            for job in jobs:
+                self._queue.charge(job.flow, tokens)
 
     def _cache_use(self) -> float:
         """The share of the allocated key-value cache that is in use."""
@@ -214,7 +232,7 @@ class Engine:
                 prompts = self._short_prompts(budget)
                 budget -= len(prompts) * max(len(prompt.tokens) for prompt in prompts)
                 rows = [row for prompt in prompts for row in prompt.rows]
-                read = self._guarded(partial(read_together, self._model, prompts, self._reply), rows)
+                read = self._guarded(partial(read_together, self._model, prompts, self._reply), _jobs(rows))
                 if read is None:
                     self._leave(rows)
                 for one in read or ():
@@ -223,7 +241,7 @@ class Engine:
                 prompt = self._prompts.popleft()
                 chunk = batch.PREFILL_CHUNK if self._model.batchable else len(prompt.tokens)
                 budget -= chunk
-                ready = self._guarded(partial(read_piece, self._model, prompt, chunk, self._reply), prompt.rows)
+                ready = self._guarded(partial(read_piece, self._model, prompt, chunk, self._reply), _jobs(prompt.rows))
                 if ready is not None:
                     self._join(ready)
                 elif prompt.cancelled:
@@ -249,16 +267,21 @@ class Engine:
     def _join(self, ready: Ready) -> None:
         """Let the rows of a prompt that was read grow, but those that have ended with their first token."""
         now = time.perf_counter()
+        self._charge(_jobs(ready.rows), 1)
         for row, first in zip(ready.rows, ready.first, strict=True):
             row.job.pace.first_token = row.job.pace.first_token or now
-            self._queue.charge(row.job.flow, 1)
             if row.finished or row.job.cancelled:
                 self._end(row, now)
                 self._leave([row])
-            elif self._model.batchable:
-                self._batch(ready.tokens).join(row, first, ready)
-            else:
-                self._alone.append(Alone(self._model, self._reply, row, ready))
+            elif not self._guarded(partial(self._let_grow, row, first, ready), [row.job]):
+                self._leave([row])
+
+    def _let_grow(self, row: Row, first: int, ready: Ready) -> bool:
+        if self._model.batchable:
+            self._batch(ready.tokens).join(row, first, ready)
+        else:
+            self._alone.append(Alone(self._model, self._reply, row, ready))
+        return True
 
     def _batch(self, tokens: int) -> Batch:
         """The batch for a row of `tokens` tokens."""
@@ -269,23 +292,31 @@ class Engine:
 
     def _step(self) -> None:
         self._move_outgrown()
+        started = time.perf_counter()
         for steps in self._growing():
             rows = list(steps.rows)
             self._steps += 1
             self._stepped_rows += len(rows)
-            self._guarded(steps.step, rows)
+            self._guarded(steps.step, _jobs(rows))
             now = time.perf_counter()
+            self._charge(_jobs(rows), 1)
             for row in rows:
-                self._queue.charge(row.job.flow, 1)
                 if row.finished:
                     self._end(row, now)
+        self._step_s = time.perf_counter() - started
 
     def _move_outgrown(self) -> None:
         for one in list(self._batches.values()):
             if outgrown := one.outgrown():
                 for i in outgrown:
-                    self._batch(one.length).pull(one, i)
+                    row = one.rows[i]
+                    if not self._guarded(partial(self._move, one, i), [row.job]):
+                        self._leave([row])
                 one.drop(outgrown)
+
+    def _move(self, one: Batch, i: int) -> bool:
+        self._batch(one.length).pull(one, i)
+        return True
 
     def _end(self, row: Row, now: float) -> None:
         pace = row.job.pace
@@ -293,13 +324,15 @@ class Engine:
             pace.steps, pace.rows = self._steps - pace.steps, self._stepped_rows - pace.rows
         pace.ended = now
 
-    def _guarded(self, run: Callable[[], T], rows: Sequence[Row]) -> T | None:
-        """Run a step; if it fails, so do the jobs of `rows`, and no others."""
+    def _guarded(self, run: Callable[[], T], jobs: Sequence[Job]) -> T | None:
+        """Run a part of a turn; if it fails, whatever the reason, so do `jobs`, and no others."""
         try:
             return run()
-        except (RuntimeError, KernelError):  # what torch raises, out of memory included
+        except Exception as error:
             logger.exception("a step of %r failed", self._name)
-            self._fail([row.job for row in rows], f"{self._name!r} failed while it generated")
+            self._fail(jobs, f"{self._name!r} failed while it generated")
+            if isinstance(error, torch.AcceleratorError):  # the device is lost to this process: let it be replaced
+                self._closing = True
             return None
 
     def _fail_all(self) -> None:
@@ -308,7 +341,7 @@ class Engine:
             self._fail(jobs, f"the engine of {self._name!r} has stopped")
             self._flush()
 
-    def _fail(self, jobs: list[Job], message: str) -> None:
+    def _fail(self, jobs: Sequence[Job], message: str) -> None:
         for job in dict.fromkeys(jobs):
             job.cancelled = True
             self._reply(job, ExpertUnavailableError(message))
@@ -321,6 +354,10 @@ class Engine:
         replies, self._outbox = self._outbox, []
         for loop in {job.loop for job, _ in replies}:
             _deliver([(job, reply) for job, reply in replies if job.loop is loop], loop)
+
+
+def _jobs(rows: Sequence[Row]) -> list[Job]:
+    return [row.job for row in rows]
 
 
 def _deliver(replies: Sequence[tuple[Job, Piece | ExpertError]], loop: asyncio.AbstractEventLoop) -> None:

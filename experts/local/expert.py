@@ -305,14 +305,16 @@ class LocalExpert:
                 yield Part(chunk)
         usage = Usage(sum(map(len, job.prompts)), sum(tokens.values()))
         data = replies.last_chunk(usage, job.mixture.load)
-        yield Part(data, usage, work=job.pace.work(usage.output_tokens))
+        yield Part(data, usage, work=job.pace.work(usage.output_tokens - job.rows))
 
     async def _whole(self, job: Job, replies: Replies, deadline: float) -> Part:
         choices: list[list[Piece]] = [[] for _ in range(job.rows)]
         async for piece in self._pieces(job, deadline):
             choices[piece.choice].append(piece)
         usage = Usage(sum(map(len, job.prompts)), sum(pieces[-1].tokens for pieces in choices))
-        return Part(replies.whole(choices, usage, job.mixture.load), usage, work=job.pace.work(usage.output_tokens))
+        return Part(
+            replies.whole(choices, usage, job.mixture.load), usage, work=job.pace.work(usage.output_tokens - job.rows)
+        )
 
     async def _pieces(self, job: Job, deadline: float) -> AsyncIterator[Piece]:
         """What the engine makes of `job`, until each of its choices has ended."""

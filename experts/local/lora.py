@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +18,11 @@ from torch import Tensor, nn
 from experts.errors import ExpertConfigError
 
 NO_ADAPTER = -1
+MOST_RANK = 512
+"""A rank beyond is a mistake, or an attack: room for it would be made in every slot."""
+
+_MOST_SCALE = 1e6
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 _UNSUPPORTED = (
     "use_dora",
@@ -75,7 +80,7 @@ def read_adapter(folder: Path, model: HasLayers) -> dict[str, LoraWeights]:
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ExpertConfigError(f"adapter_config.json cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         raise ExpertConfigError("adapter_config.json does not describe a LoRA adapter (peft_type)")
@@ -86,9 +91,35 @@ def _read_config(folder: Path) -> dict[str, Any]:
         init = config["init_lora_weights"]
         raise ExpertConfigError(f"adapter_config.json: init_lora_weights {init!r} needs a changed base")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, (int, float)):
-        raise ExpertConfigError(f"adapter_config.json: r {rank!r} and lora_alpha {alpha!r} must be positive numbers")
+    if not _is_rank(rank) or not _is_number(alpha):
+        message = f"r {rank!r} must be 1 to {MOST_RANK}, and lora_alpha {alpha!r} a number"
+        raise ExpertConfigError(f"adapter_config.json: {message}")
+    for name, fits in (("rank_pattern", _is_rank), ("alpha_pattern", _is_number)):
+        _check_pattern(name, config.get(name), fits)
     return config
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST_RANK
+
+
+def _is_number(value: object) -> bool:
+    """Whether it is a number that a float can hold; NaN and infinity are refused with the scale that they make."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**63
+    return isinstance(value, float)
+
+
+def _check_pattern(name: str, pattern: object, fits: Callable[[object], bool]) -> None:
+    if pattern is None:
+        return
+    if not isinstance(pattern, dict) or not all(map(fits, pattern.values())):
+        raise ExpertConfigError(f"adapter_config.json: {name} must be an object of layers with fitting numbers")
+    for key in pattern:
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ExpertConfigError(f"adapter_config.json: {name} {key!r} is no regular expression: {error}") from error
 
 
 def _layer_weights(name: str, pair: Mapping[str, Tensor], model: HasLayers, config: Mapping[str, Any]) -> LoraWeights:
@@ -106,12 +137,14 @@ def _layer_weights(name: str, pair: Mapping[str, Tensor], model: HasLayers, conf
         if tuple(tensor.shape) != expected[side]:
             shapes = f"{list(tensor.shape)}, not {list(expected[side])}"
             raise ExpertConfigError(f"layer {name!r}: lora_{side} has shape {shapes}: is this its base, is r right?")
+        if tensor.dtype not in _DTYPES:
+            raise ExpertConfigError(f"layer {name!r}: lora_{side} is of {tensor.dtype}, which no LoRA weight is")
         if not bool(torch.isfinite(tensor).all()):
             raise ExpertConfigError(f"layer {name!r}: lora_{side} holds numbers that are not finite")
     alpha = float(_for_layer(config.get("alpha_pattern"), name, config["lora_alpha"]))
     scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-    if not math.isfinite(scale):
-        raise ExpertConfigError(f"layer {name!r}: alpha {alpha!r} is not finite")
+    if not abs(scale) <= _MOST_SCALE:  # NaN is not
+        raise ExpertConfigError(f"layer {name!r}: alpha {alpha!r} is not finite, or far too large")
     return LoraWeights(pair["A"], pair["B"], scale)
 
 

@@ -51,13 +51,18 @@ class AdapterPool:
         """Where an acquired adapter is."""
         return self._place[adapter]
 
-    def acquire(self, adapters: Iterable[Adapter]) -> bool:
-        """Have adapters on the device until they are released; False, and nothing changes, where there is no room."""
-        wanted = list(dict.fromkeys(adapters))
-        missing = [adapter for adapter in wanted if adapter not in self._place]
-        idle = [adapter for adapter in self._place if not self._pins[adapter] and adapter not in wanted]
-        if len(missing) > len(self._free) + len(idle):
-            return False
+    def fits(self, adapters: Iterable[Adapter]) -> bool:
+        """Whether there is room for adapters, beside those in use."""
+        missing, idle = self._missing_and_idle(dict.fromkeys(adapters))
+        return len(missing) <= len(self._free) + len(idle)
+
+    def acquire(self, adapters: Iterable[Adapter]) -> None:
+        """Have adapters, which must fit, on the device until they are released.
+
+        Where one cannot be copied, none is held, and those on the device stay as they are.
+        """
+        wanted = dict.fromkeys(adapters)
+        missing, idle = self._missing_and_idle(wanted)
         self.hits += len(wanted) - len(missing)
         for adapter in missing:
             if not self._free:
@@ -66,7 +71,11 @@ class AdapterPool:
         for adapter in wanted:
             self._place.move_to_end(adapter)
             self._pins[adapter] += 1
-        return True
+
+    def _missing_and_idle(self, wanted: Mapping[Adapter, None]) -> tuple[list[Adapter], list[Adapter]]:
+        """Those of `wanted` that are not on the device, and those there that nobody uses or wants."""
+        missing = [adapter for adapter in wanted if adapter not in self._place]
+        return missing, [adapter for adapter in self._place if adapter not in self._pins and adapter not in wanted]
 
     def release(self, adapters: Iterable[Adapter]) -> None:
         """Undo one `acquire` of the same adapters."""
@@ -77,19 +86,18 @@ class AdapterPool:
 
     def forget(self, adapter: Adapter) -> None:
         """Let go of an adapter that nobody can ask for any more; one in use goes when its slot is needed."""
-        if adapter in self._place and not self._pins[adapter]:
+        if adapter in self._place and adapter not in self._pins:
             self._free.append(self._place.pop(adapter))
 
     def _load(self, adapter: Adapter) -> None:
         started = time.perf_counter()
-        slot = self._free.pop()
+        slot = self._free[-1]
         for name, site in self._sites.items():
             part = adapter.parts.get(name)
-            if part is not None and site.reserve(part):
-                for other, place in self._place.items():
-                    site.write(place, other.parts.get(name))
+            if part is not None:
+                site.reserve(part)
             site.write(slot, part)
-        self._place[adapter] = slot
+        self._place[adapter] = self._free.pop()
         self.loads += 1
         self.load_s += time.perf_counter() - started
 

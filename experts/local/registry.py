@@ -31,6 +31,7 @@ class AdapterRegistry:
         self._gates: dict[str, GateMixture] = {}
         self._short: dict[str, set[str]] = {}
         self._lock = threading.Lock()
+        self._reading = threading.Lock()  # one at a time: each more would take the interpreter from who generates
 
     @property
     def names(self) -> list[str]:
@@ -43,7 +44,7 @@ class AdapterRegistry:
         It is read and checked first; one of the same name is replaced, and returned if it was an adapter. `short` lets
         the last part of `path` name it too. Raises `ExpertConfigError`.
         """
-        with local_copy(path, revision) as folder:
+        with local_copy(path, revision) as folder, self._reading:
             if (folder / GATE_FILE).exists():
                 gate, adapter = load_mixture(self._model.linears.skeleton(), folder), None
             else:
@@ -76,6 +77,10 @@ class AdapterRegistry:
 
     def mixture(self, wanted: MixtureName, bias: Mapping[str, float]) -> Mixture:
         """What a mixture's name stands for; `bias` is the request's for its gate. Raises `ExpertRequestError`."""
+        with self._lock:
+            return self._mixture(wanted, bias)
+
+    def _mixture(self, wanted: MixtureName, bias: Mapping[str, float]) -> Mixture:
         if wanted.gate is not None:
             return self._gated(wanted.gate, bias)
         if bias:

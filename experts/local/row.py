@@ -51,17 +51,17 @@ class Pace:
     ended: float = 0.0
     steps: int = 0  # of the engine, in the time between; rows are summed over them
     rows: int = 0
-    cache_use: float = 0.0
+    cache_use: float | None = None
     adapter_hits: int = 0
     adapter_loads: int = 0
 
     def work(self, tokens: int) -> Work:
-        """What is told of a job that made `tokens` tokens."""
-        decoding = self.ended - self.first_token
+        """What is told of a job that made `tokens` tokens after the first of each answer."""
+        seconds = self.ended - self.first_token
         return Work(
-            queue_s=self.admitted - self.submitted,
+            queue_s=self.admitted - self.submitted if self.admitted else None,
             first_token_s=self.first_token - self.submitted,
-            tokens_per_s=tokens / decoding if decoding > 0 else 0.0,
+            tokens_per_s=tokens / seconds if tokens > 0 and seconds > 0 else None,
             batch_size=self.rows / self.steps if self.steps else 1.0,
             cache_use=self.cache_use,
             adapter_hits=self.adapter_hits,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import cast
 
 import torch
@@ -44,16 +45,22 @@ class Plan:
     weights: Tensor | None = None  # [T, k] float32
     gated: Sequence[GatedRows] = ()
     tokens: int = 0
+    rows: int = 0
 
     def for_tokens(self, tokens: int) -> Plan:
-        """The plan for a layer that sees only the last token of each row, as one after the blocks may."""
+        """The plan for a layer that sees only the last token of each row, as one after the blocks may.
+
+        Raises `ValueError` for any other number: it cannot be known whose tokens they are.
+        """
         if tokens == self.tokens:
             return self
+        if tokens != self.rows:
+            raise ValueError(f"a layer with adapters sees {tokens} tokens of {self.tokens} in {self.rows} rows")
         step = self.tokens // tokens
         last = slice(step - 1, None, step)
         indices, weights = (None if side is None else side[last] for side in (self.indices, self.weights))
         gated = [GatedRows(rows.gate, rows.requests, rows.tokens[last] // step) for rows in self.gated]
-        return Plan(indices, weights, gated, tokens)
+        return Plan(indices, weights, gated, tokens, tokens)
 
     def begin(self) -> None:
         """Tell the gates what is coming."""
@@ -110,7 +117,8 @@ class Site:
         given = [one for one in own if one is not None]
         if not given:
             return None
-        rank, dtype = max(one.a.shape[0] for one in given), given[0].a.dtype
+        rank = max(one.a.shape[0] for one in given)
+        dtype = reduce(torch.promote_types, (side.dtype for one in given for side in (one.a, one.b)))
         a = torch.zeros(len(own), rank, given[0].a.shape[1], dtype=dtype)
         b = torch.zeros(rank, sum(self.widths), dtype=dtype)
         for one, a_slice, b_slice in zip(own, a, torch.split(b, list(self.widths), 1), strict=True):
@@ -138,24 +146,29 @@ class Site:
         stack.offsets[2 * slot + 1] = first + part.rank
         self._used.add(slot)
 
-    def reserve(self, part: HostPart) -> bool:
-        """Make room for such a part; True where that emptied all slots, which then have to be written again.
+    @torch.no_grad()
+    def reserve(self, part: HostPart) -> None:
+        """Make room for such a part, and keep what is in the slots.
 
         On a CPU, adapters in bfloat16 stay so beside a base in float32: reading them is most of the work.
         """
-        rank, dtype = part.rank, self.weight.dtype
-        if self._stack is not None:
-            narrow = self._stack.A.dtype == part.a.dtype
-            if self._stack.max_rank >= rank and (narrow or self._stack.A.dtype == dtype):
-                return False
-            rank = max(rank, self._stack.max_rank)
+        rank, dtype, old = part.rank, self.weight.dtype, self._stack
+        if old is not None:
+            narrow = old.A.dtype == part.a.dtype
+            if old.max_rank >= rank and (narrow or old.A.dtype == dtype):
+                return
+            rank = max(rank, old.max_rank)
             dtype = part.a.dtype if narrow else dtype
         elif self.weight.device.type == "cpu" and (dtype, part.a.dtype) == (torch.float32, torch.bfloat16):
             dtype = torch.bfloat16
+        self._stack = self._enlarged(self._empty(rank, dtype))
+
+    def _empty(self, rank: int, dtype: torch.dtype) -> AdapterStack:
+        """A stack with room for `rank` in each slot."""
         rows, outputs = self._slots * rank, self.weight.shape[0]
         starts = torch.arange(0, rows + 1, rank, dtype=torch.int32)
         offsets = torch.stack([starts, starts], 1).flatten()[:-1]
-        self._stack = AdapterStack(
+        return AdapterStack(
             A=self.weight.new_zeros(len(self.widths), rows, self.weight.shape[1], dtype=dtype),
             B=self.weight.new_zeros(rows, outputs, dtype=dtype),
             scales=torch.zeros(len(self.widths), 2 * self._slots, device=self.weight.device),
@@ -163,8 +176,15 @@ class Site:
             ranks=(rank,) * (2 * self._slots),
             widths=self.widths,
         )
-        self._used.clear()
-        return True
+
+    def _enlarged(self, new: AdapterStack) -> AdapterStack:
+        """`new`, with what is in the slots now."""
+        if (old := self._stack) is not None:
+            for theirs, ours in zip(_by_slot(new, self._slots), _by_slot(old, self._slots), strict=True):
+                theirs[..., : old.max_rank, :] = ours
+            new.scales.copy_(old.scales)
+            new.offsets[1::2] = new.offsets[:-1:2] + (old.offsets[1::2] - old.offsets[:-1:2])
+        return new
 
     def outputs(self, x: Tensor) -> tuple[Tensor, ...]:
         """The output of each of the site's layers for x [..., d]."""
@@ -191,6 +211,12 @@ class Site:
         for name, part in zip(self.layers, torch.split(y, list(self.widths), 1), strict=True):
             if (layer := rows.gate.layers.get(name)) is not None:
                 part[rows.tokens] = torch.where(sound, layer.mixed(own, part[rows.tokens]), torch.nan)
+
+
+def _by_slot(stack: AdapterStack, slots: int) -> tuple[Tensor, Tensor]:
+    """A stack's A [S, slots, R, d] and B [slots, R, o]."""
+    rows = stack.max_rank
+    return stack.A.view(-1, slots, rows, stack.A.shape[2]), stack.B.view(slots, rows, -1)
 
 
 class SiteLinear(nn.Module):
@@ -311,7 +337,9 @@ def plan_of(
         gated: Each gate with its rows, by number.
     """
     table, rows = _table(tables, tokens, device), _gated(gated, tokens, device)
-    return Plan(*table, rows, len(tables) * tokens if rows or table[0] is not None else 0)
+    if not rows and table[0] is None:
+        return Plan()
+    return Plan(*table, rows, len(tables) * tokens, len(tables))
 
 
 def _table(

@@ -12,14 +12,19 @@ import time
 import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
+
+import torch
+from torch import nn
 
 from experts.adapter_files import local_copy
 from experts.errors import ExpertConfigError, ExpertRequestError, ExpertUnavailableError
 from experts.expert import Expert
-from experts.fleet import ExpertGroup, LocalSource
+from experts.fleet import AdapterSource, ExpertGroup, FleetEntry, LocalSource
 from experts.local.expert import LocalExpert, Runtime, wanted_by
+from experts.local.lora import read_adapter
 from experts.local.mixture import Mixture
 from experts.local.model import load_tokenizer, sampling_defaults
 from experts.local.prompt import ChatPrompt
@@ -51,12 +56,33 @@ def build_vllm(group: ExpertGroup) -> dict[str, Expert]:
         defaults = sampling_defaults(GenerationConfig.from_pretrained(source.model, revision=source.revision or "main"))
     except (OSError, ValueError, RuntimeError) as error:
         raise ExpertConfigError(f"expert {group.name!r}: vllm cannot load {source.model!r}: {error}") from error
-    runtime = VllmRuntime(source, VllmModel(tokenizer, len(tokenizer), defaults), engine)
+    layers = base_layers(group.name, source) if group.adapters else None
+    runtime = VllmRuntime(source, VllmModel(tokenizer, len(tokenizer), defaults), engine, layers)
     for entry in group.adapters:
         if entry.adapter:
-            runtime.registry.load(entry.name, entry.adapter.path, entry.adapter.revision)
+            _register(entry, entry.adapter, runtime.registry)
     held = Shared[Runtime](runtime, runtime.close)
     return {entry.name: LocalExpert(entry, wanted_by(entry), held) for entry in group.entries}
+
+
+def _register(entry: FleetEntry, source: AdapterSource, registry: VllmRegistry) -> None:
+    try:
+        registry.load(entry.name, source.path, source.revision)
+    except ExpertConfigError as error:
+        raise ExpertConfigError(f"expert {entry.name!r}: adapter {source.path!r}: {error}") from error
+
+
+def base_layers(name: str, source: LocalSource) -> nn.Module:
+    """The base's layers without their weights, against which adapters are checked. Raises `ExpertConfigError`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(source.model, revision=source.revision or "main", trust_remote_code=False)
+        with torch.device("meta"):
+            layers: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise ExpertConfigError(f"expert {name!r}: model {source.model!r} cannot be read: {error}") from error
+    return layers
 
 
 def engine_arguments(group: ExpertGroup, source: LocalSource) -> dict[str, Any]:
@@ -110,19 +136,31 @@ class VllmMixture(Mixture):
 
 
 class VllmRegistry:
-    """The adapters that vLLM may be asked for; it reads them when they are."""
+    """The adapters that vLLM may be asked for; it reads them when they are. `layers` are the base's.
 
-    def __init__(self) -> None:
+    They are None where vLLM was started without room for adapters, which it cannot make later.
+    """
+
+    def __init__(self, layers: nn.Module | None) -> None:
+        self._layers = layers
         self._adapters: dict[str, VllmMixture] = {}
         self._numbers = itertools.count(1)
 
     def load(self, name: str, path: str, revision: str | None = None) -> None:
-        """Name an adapter. vLLM reads its folder, so it must stay: URLs are not taken. Raises `ExpertConfigError`."""
+        """Check an adapter and name it. vLLM reads its folder, so it must stay: URLs are not taken.
+
+        Raises `ExpertConfigError`.
+        """
         from vllm.lora.request import LoRARequest
 
         if "://" in path:
             raise ExpertConfigError(f"adapter {name!r}: vllm reads folders and the hub, not {path!r}")
+        if self._layers is None:
+            raise ExpertConfigError("its base has no adapters in the fleet file, and vllm makes room at its start only")
         with local_copy(path, revision) as folder:
+            rank = max(part.a.shape[0] for part in read_adapter(folder, self._layers).values())
+            if rank > _MAX_LORA_RANK:
+                raise ExpertConfigError(f"its rank is {rank}, and vllm has room for {_MAX_LORA_RANK}")
             self._adapters[name] = VllmMixture(name, lora=LoRARequest(name, next(self._numbers), str(folder)))
 
     def unload(self, name: str) -> None:
@@ -164,13 +202,17 @@ class VllmEngine:
         """Raise `ExpertUnavailableError` if another job would have to be refused."""
         if not self.alive:
             raise ExpertUnavailableError("the engine has stopped")
-        if sum(job.rows for job in self._under_way.values()) >= self._most:
+        if self._answers >= self._most:
             raise ExpertUnavailableError(f"{self._most} answers are under way", retry_after_s=_RETRY_AFTER_S)
+
+    @property
+    def _answers(self) -> int:
+        """How many are under way."""
+        return sum(job.generation.n for job in self._under_way.values())
 
     def submit(self, job: Job) -> None:
         """Begin a job, on the event loop of its caller. Raises `ExpertUnavailableError`."""
         self.check_room(job.tenant)
-        job.pace.admitted = time.perf_counter()
         for i in range(len(job.prompts)):
             task = job.loop.create_task(self._run(job, i))
             self._under_way[task] = job
@@ -199,13 +241,17 @@ class VllmEngine:
         tokens = {"prompt_token_ids": list(job.prompts[prompt])}
         lora = job.mixture.lora if isinstance(job.mixture, VllmMixture) else None
         writer = _Pieces(prompt * job.generation.n, job.generation.top_logprobs)
-        async for output in self._engine.generate(tokens, parameters, uuid.uuid4().hex, lora_request=lora):
-            job.pace.first_token = job.pace.first_token or time.perf_counter()
-            job.pace.ended = time.perf_counter()
-            for completion in output.outputs:
-                job.replies.put_nowait(writer.piece(completion))
-            if job.cancelled:
-                return
+        outputs = self._engine.generate(tokens, parameters, uuid.uuid4().hex, lora_request=lora)
+        async with aclosing(outputs):
+            async for output in outputs:
+                job.pace.first_token = job.pace.first_token or time.perf_counter()
+                job.pace.ended = time.perf_counter()
+                job.pace.steps += 1
+                job.pace.rows += self._answers
+                for completion in output.outputs:
+                    job.replies.put_nowait(writer.piece(completion))
+                if job.cancelled:
+                    return
 
 
 class _Pieces:
@@ -241,9 +287,9 @@ class _Pieces:
 class VllmRuntime:
     """What the experts of one model share."""
 
-    def __init__(self, source: LocalSource, model: VllmModel, engine: Any) -> None:
+    def __init__(self, source: LocalSource, model: VllmModel, engine: Any, layers: nn.Module | None) -> None:
         self.model = model
-        self.registry = VllmRegistry()
+        self.registry = VllmRegistry(layers)
         self.chat = ChatPrompt(model.tokenizer)
         self.engine = VllmEngine(engine, max_batch=source.max_batch, max_queue=source.max_queue)
         self.tokenizing = ThreadPoolExecutor(1, thread_name_prefix="tokenizing")

@@ -44,7 +44,10 @@ OnProgress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How much is measured. `minutes` of load; `rounds` of each way; `shapes` are batch sizes and prompt lengths."""
+    """How much is measured. `minutes` of load; `rounds` of each way; `shapes` are batch sizes and prompt lengths.
+
+    `loaded_meanwhile` adapters are registered and asked for while 32 answers of `running_tokens` tokens grow.
+    """
 
     minutes: float = 30.0
     rounds: int = 3
@@ -52,6 +55,8 @@ class Limits:
     prompts: Sequence[int] = (64, 256, 1024, 2048)
     registered: int = 1000
     one_by_one: int = 8
+    loaded_meanwhile: int = 96
+    running_tokens: int = 256
 
 
 def measure_engine(
@@ -94,11 +99,12 @@ class _Served:
             seconds.append(time.process_time() - started)
         return seconds
 
-    async def ask(self, prompt: str | list[int], adapter: int | None, *, tokens: int, **body: Any) -> Part:
-        """One answer of exactly `tokens` tokens."""
+    async def ask(self, prompt: str | list[int], adapter: int | str | None, *, tokens: int, **body: Any) -> Part:
+        """One answer of exactly `tokens` tokens, of the base, adapter `a0`, `a1` ... by number, or one by name."""
         chat = isinstance(prompt, str)
+        name = f"a{adapter}" if isinstance(adapter, int) else adapter
         body = {
-            "model": _BASE if adapter is None else f"{_BASE}+a{adapter}",
+            "model": _BASE if name is None else f"{_BASE}+{name}",
             **({"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}),
             "max_tokens": tokens,
             "temperature": 0,
@@ -312,7 +318,7 @@ async def _shapes(limits: Limits, on_progress: OnProgress) -> dict[str, Any]:
                     "tokens_per_s": round(size * tokens / wall, 1),
                     "prompt_and_new_tokens_per_s": round(size * (tokens + length) / wall),
                     "first_token_ms": round(1e3 * statistics.median(work.first_token_s for work in works), 1),
-                    "tokens_per_s_of_one": round(statistics.median(work.tokens_per_s for work in works), 1),
+                    "tokens_per_s_of_one": round(statistics.median(work.tokens_per_s or 0.0 for work in works), 1),
                     "share": {name: round(seconds / wall, 3) for name, seconds in shares.items()},
                 }
             )
@@ -320,40 +326,91 @@ async def _shapes(limits: Limits, on_progress: OnProgress) -> dict[str, Any]:
     return {"tokens_each": tokens, "adapters": _ADAPTERS, "rows": rows}
 
 
+class _Gaps:
+    """The times between two steps of a running batch: what came between them, and for how long the answers stood."""
+
+    def __init__(self, pool: Any) -> None:
+        self.steps: list[float] = []
+        self.gaps: list[tuple[float, int, float]] = []  # seconds; copies to the device in them, and their seconds
+        self._pool = pool
+        self._ended: tuple[float, int, float] | None = None
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within, note steps and gaps."""
+        original = batch.Batch.step
+
+        def step(of: batch.Batch) -> None:
+            started = time.perf_counter()
+            if self._ended is not None:
+                ended, loads, load_s = self._ended
+                self.gaps.append((started - ended, self._pool.loads - loads, self._pool.load_s - load_s))
+            original(of)
+            self._ended = (time.perf_counter(), self._pool.loads, self._pool.load_s)
+            self.steps.append(self._ended[0] - started)
+
+        batch.Batch.step = step  # type: ignore[method-assign,assignment]
+        try:
+            yield
+        finally:
+            batch.Batch.step = original  # type: ignore[method-assign]
+
+    def described(self) -> dict[str, Any]:
+        """In milliseconds, beside the steps: gaps with copies and all others, and the copies alone."""
+        step = statistics.median(self.steps)
+        copying = [gap for gap in self.gaps if gap[1]]
+        others = [gap for gap in self.gaps if not gap[1]]
+        worst, worst_copying = max(gap[0] for gap in copying), max(gap[2] for gap in copying)
+        return {
+            "steps": len(self.steps),
+            "step_ms_at_batch_32": round(1e3 * step, 2),
+            "most_copies_between_steps": max(gap[1] for gap in copying),
+            "worst_copying_between_steps_ms": round(1e3 * worst_copying, 2),
+            "worst_copying_in_steps": round(worst_copying / step, 2),
+            "worst_gap_with_copies_ms": round(1e3 * worst, 2),
+            "median_gap_with_copies_ms": round(1e3 * statistics.median(gap[0] for gap in copying), 2),
+            "worst_gap_without_copies_ms": round(1e3 * max(gap[0] for gap in others), 2),
+        }
+
+
 async def _adapters(limits: Limits, on_progress: OnProgress) -> dict[str, Any]:
-    """What registering the 10th and the last adapter costs, and what a copy to the device costs a running batch."""
+    """What registering the 10th and the last adapter costs, and for how long loading stops a running batch.
+
+    32 answers grow while others, eight at a time, are registered, copied to the device and asked for one token.
+    """
     served = _Served()
     on_progress("adapters", 0, 2)
     seconds = await served.load(limits.registered)
     on_progress("adapters", 1, 2)
     pool = served.runtime.model.pool
-    steps: list[float] = []
-    original = batch.Batch.step
-
-    def step(self: batch.Batch) -> None:
-        started = time.perf_counter()
-        original(self)
-        steps.append(time.perf_counter() - started)
-
-    batch.Batch.step = step  # type: ignore[method-assign]
     loads, load_s = pool.loads, pool.load_s
-    running = [served.ask(q, i % 8, tokens=256) for i, q in enumerate(_questions(32))]
-    missing = [served.ask("12 + 30", 8 + i, tokens=1) for i in range(100)]
-    await asyncio.gather(*running, *missing)
-    batch.Batch.step = original  # type: ignore[method-assign]
+    gaps = _Gaps(pool)
+
+    async def load_and_ask(i: int) -> None:
+        await served.expert.load_adapter(f"new{i}", str(served.path(i)))
+        await served.ask("12 + 30", f"new{i}", tokens=1)
+
+    async def newcomers() -> None:
+        for first in range(0, limits.loaded_meanwhile, 8):
+            await asyncio.gather(*map(load_and_ask, range(first, min(first + 8, limits.loaded_meanwhile))))
+
+    with gaps.watching():
+        running = (served.ask(q, i % 8, tokens=limits.running_tokens) for i, q in enumerate(_questions(32)))
+        await asyncio.gather(newcomers(), *running)
     copies = pool.loads - loads
-    await served.close()
-    middle = statistics.median(steps)
-    return {
+    result = {
         "registered": limits.registered,
         "register_cpu_ms": {
             "10th": round(1e3 * statistics.median(seconds[5:15]), 2),
             f"{limits.registered}th": round(1e3 * statistics.median(seconds[-10:]), 2),
         },
+        "loaded_meanwhile": limits.loaded_meanwhile,
         "copies_to_the_device": copies,
         "copy_ms": round(1e3 * (pool.load_s - load_s) / copies, 3),
-        "step_ms_at_batch_32": round(1e3 * middle, 2),
+        **gaps.described(),
     }
+    await served.close()
+    return result
 
 
 async def _load(limits: Limits, on_progress: OnProgress) -> dict[str, Any]:
@@ -380,7 +437,7 @@ async def _load(limits: Limits, on_progress: OnProgress) -> dict[str, Any]:
                 continue
             counts["answers"] += 1
             counts["tokens"] += part.usage.output_tokens if part.usage else 0
-            if part.work:
+            if part.work and part.work.queue_s is not None:
                 waits.append(part.work.queue_s)
 
     memory: list[float] = []

@@ -55,6 +55,7 @@ def check(fleet: Annotated[Path, typer.Argument(help="A fleet file.")]) -> None:
 def add(
     fleet: Annotated[Path, typer.Argument(help="A fleet file that has the adapter.", exists=True, dir_okay=False)],
     name: Annotated[str, typer.Argument(help="The adapter's name in it.")],
+    replace: Annotated[bool, typer.Option("--replace", help="In place of one of its name that was added.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="What was added as JSON.")] = False,
     url: Url = None,
 ) -> None:
@@ -77,7 +78,7 @@ def add(
     card = entry.card.model_dump(mode="json", exclude={"kind"}, exclude_defaults=True)
     with connect(url) as client:
         source = entry.adapter.model_dump(exclude_none=True)
-        added = checked(client.post("/v1/adapters", json={**card, "name": name, **source}))
+        added = checked(client.post("/v1/adapters", json={**card, "name": name, **source, "replace": replace}))
     if as_json:
         write_json(added)
         return

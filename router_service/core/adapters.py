@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
@@ -16,7 +17,7 @@ from experts.errors import ExpertConfigError, ExpertError
 from experts.expert import AdapterHost, Expert
 from experts.fleet import FleetEntry
 from router_service.errors import BadRequestError, ConflictError, ModelNotFoundError, StateError
-from router_service.state.adapters import Registered, register, registered, withdraw
+from router_service.state.adapters import Registered, register, registered, replace, withdraw
 from router_service.state.link import RedisLink
 
 logger = logging.getLogger(__name__)
@@ -48,29 +49,45 @@ class Adapters:
         self._enlist = enlist
         self._dismiss = dismiss
         self._check = check
+        self._in_use: dict[str, Expert] = {}
         self._lock = asyncio.Lock()
 
-    async def add(self, entry: FleetEntry) -> Registered:
+    async def add(self, entry: FleetEntry, *, replacing: bool = False) -> Registered:
         """Register an adapter and load it, which checks it: what fails is withdrawn. When this returns, it answers.
+
+        `replacing` lets it take the place of one of its name that was added to the same base: that one answers until
+        the new one is loaded, and goes on where it fails.
 
         Raises `ConflictError` where the name is taken, `BadRequestError` for what cannot be loaded, `StateError`.
         """
         async with self._lock:
-            if entry.name in self._experts:
+            old = self.taken.get(entry.name) if replacing else None
+            if entry.name in self._experts and (old is None or entry.name not in self._in_use):
                 raise ConflictError(f"there is an expert {entry.name!r}", param="name")
-            one = await register(self._link, entry)  # before a byte is loaded: the name is ours, or another's
-            if one is None:
-                raise ConflictError(f"there is an adapter {entry.name!r}, on another base perhaps", param="name")
+            if old is not None and not _in_place(old, Registered(entry, old.at)):
+                raise ConflictError(f"adapter {entry.name!r} is on {old.source.base!r}: remove it first", param="base")
+            one = await self._register(entry, old)
             try:
                 expert = await self._load(entry)
             except Exception as error:
                 with suppress(StateError):
-                    await withdraw(self._link, entry.name)
+                    await (withdraw(self._link, entry.name) if old is None else replace(self._link, old))
                 if isinstance(error, ExpertConfigError):
                     raise BadRequestError(str(error), param="path") from error
                 raise
-            self._take(one, expert)
+            await self._take(one, expert)
             return one
+
+    async def _register(self, entry: FleetEntry, old: Registered | None) -> Registered:
+        """Before a byte is loaded: the name is ours, or another's."""
+        if old is not None:
+            one = Registered(entry, time.time())
+            await replace(self._link, one)
+            return one
+        registered_now = await register(self._link, entry)
+        if registered_now is None:
+            raise ConflictError(f"there is an adapter {entry.name!r}, on another base perhaps", param="name")
+        return registered_now
 
     async def remove(self, name: str) -> None:
         """Take an adapter out of use, here and in all other processes. Raises `ModelNotFoundError`, `StateError`."""
@@ -83,10 +100,10 @@ class Adapters:
         """Have what is registered, and nothing else. Raises `StateError`."""
         async with self._lock:
             wanted, unreadable = await registered(self._link)
-            for name in [name for name, one in self.taken.items() if wanted.get(name) != one]:
+            for name in [name for name, one in self.taken.items() if not _in_place(one, wanted.get(name))]:
                 one = self.taken.pop(name)
-                if self.faults.pop(name, None) is None:
-                    expert = self._experts[name]
+                self.faults.pop(name, None)
+                if (expert := self._in_use.pop(name, None)) is not None:
                     self._dismiss(name)
                     await self._unload(one.entry)
                     await expert.close()
@@ -95,7 +112,7 @@ class Adapters:
                 logger.error("adapter %r: %s", name, unreadable[name])
             self.faults = {name: why for name, why in self.faults.items() if name in self.taken} | unreadable
             for name, one in wanted.items():
-                if name not in self.taken and one.source.base in self._experts:
+                if self.taken.get(name) != one and one.source.base in self._experts:
                     await self._take_over(one)
 
     async def watch(self) -> None:
@@ -106,12 +123,15 @@ class Adapters:
             await asyncio.sleep(_POLL_S)
 
     async def _take_over(self, one: Registered) -> None:
-        """Load what another process added. What is wrong with it stays so; what is away may come back."""
+        """Load what another process added, or put in the place of another, which answers meanwhile.
+
+        What is wrong with it stays so; what is away may come back.
+        """
         name = one.entry.name
         try:
-            if name in self._experts:
+            if name in self._experts and name not in self._in_use:
                 raise ExpertConfigError(f"the fleet has an expert {name!r} already")
-            self._take(one, await self._load(one.entry))
+            await self._take(one, await self._load(one.entry))
         except ExpertConfigError as error:
             self.taken[name], self.faults[name] = one, str(error)
             logger.error("adapter %r cannot be loaded: %s", name, error)
@@ -121,10 +141,17 @@ class Adapters:
             self.taken[name], self.faults[name] = one, f"{type(error).__name__}: {error}"
             logger.exception("adapter %r cannot be loaded", name)
 
-    def _take(self, one: Registered, expert: Expert) -> None:
-        self.taken[one.entry.name] = one
+    async def _take(self, one: Registered, expert: Expert) -> None:
+        name = one.entry.name
+        old = self._in_use.get(name)
+        if old is not None:
+            self._dismiss(name)
+        self.taken[name], self._in_use[name] = one, expert
+        self.faults.pop(name, None)
         self._enlist(one.entry, expert)
-        logger.info("adapter %r is in use, from %r", one.entry.name, one.source.path)
+        logger.info("adapter %r is in use, from %r", name, one.source.path)
+        if old is not None:
+            await old.close()
 
     async def _load(self, entry: FleetEntry) -> Expert:
         """Raises `ExpertConfigError`, or another `ExpertError` where the base cannot be asked now."""
@@ -141,3 +168,10 @@ class Adapters:
         if isinstance(host, AdapterHost):
             with suppress(ExpertError):
                 await host.unload_adapter(entry.name)
+
+
+def _in_place(one: Registered, wanted: Registered | None) -> bool:
+    """Whether what is registered is this adapter, or another that may take its place while it answers."""
+    if wanted is None:
+        return False
+    return (one.source.base, one.entry.kind) == (wanted.source.base, wanted.entry.kind)

@@ -24,11 +24,14 @@ _FIELDS: Final = _SOURCE | set(ExpertCard.model_fields) - {"kind"}
 
 
 async def add_adapter(service: Service, connection: Connection) -> None:
-    """Load an adapter and route to it from now on."""
+    """Load an adapter and route to it from now on; with `replace`, in the place of one that was added."""
     service.admission.authenticate_admin(connection.header(b"authorization"))
     body = await connection.read_object(service.settings.max_body_bytes)
+    replacing = body.pop("replace", False)
+    if not isinstance(replacing, bool):
+        raise BadRequestError("'replace' must be true or false", param="replace")
     with service.gate:
-        one = await service.adapters.add(_entry(body, service))
+        one = await service.adapters.add(_entry(body, service), replacing=replacing)
     await connection.send_json({**_described(one), "policies": service.may_choose(one.entry.name)}, status=201)
 
 

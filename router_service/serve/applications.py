@@ -75,7 +75,7 @@ class ExpertReplica:
         self._experts = build_group(group)
         self._restartable = group.head.local is not None
         self._adapters = _added_adapters(self._experts)
-        self._taking_over: asyncio.Task[None] | None = None
+        self._taking_over: asyncio.Task[bool] | None = None
 
     async def generate(self, name: str, request: Request) -> AsyncIterator[Reply]:
         """The reply of the expert `name`, part by part, after the word that it is in work."""
@@ -101,7 +101,8 @@ class ExpertReplica:
         try:
             if not isinstance(self._experts[base], AdapterHost):
                 raise ExpertConfigError(f"expert {base!r} takes no adapters while it runs")
-            await self._take_over()
+            if not await self._take_over():
+                raise ExpertUnavailableError("what is registered cannot be read now", retry_after_s=1.0)
             if self._adapters and (fault := self._adapters[1].faults.get(name)):
                 raise ExpertConfigError(fault)
             await self._expert(name)
@@ -119,7 +120,7 @@ class ExpertReplica:
     async def check_health(self) -> None:
         """Serve's question. A local model that is not healthy gets a new replica; a remote one is as well off here.
 
-        It comes every few seconds, and is when adapters that were added or removed are loaded or unloaded: beside it,
+        It comes every few seconds, and is when adapters that were added, replaced or removed are seen to: beside it,
         since to fetch one may take longer than Serve waits for an answer.
         """
         if self._taking_over is None or self._taking_over.done():
@@ -128,7 +129,7 @@ class ExpertReplica:
             self._taking_over = asyncio.create_task(self._take_over())
         if self._restartable:
             for name, expert in list(self._experts.items()):
-                if not await expert.healthy():
+                if not await expert.healthy() and self._experts.get(name) is expert:
                     raise RuntimeError(f"expert {name!r} is not healthy")
 
     async def _expert(self, name: str) -> Expert:
@@ -139,13 +140,15 @@ class ExpertReplica:
             raise ExpertUnavailableError(f"expert {name!r} is not loaded here", retry_after_s=1.0)
         return self._experts[name]
 
-    async def _take_over(self) -> None:
-        """Have the adapters that are registered, as far as that can be known now."""
+    async def _take_over(self) -> bool:
+        """Have the adapters that are registered; whether that can be known now."""
         if self._adapters:
             link, adapters = self._adapters
             if link.up or await link.probe():
                 with suppress(StateError):
                     await adapters.sync()
+                    return True
+        return False
 
     async def __del__(self) -> None:
         for expert in getattr(self, "_experts", {}).values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, cast
 
 import orjson
@@ -37,9 +38,19 @@ async def register(link: RedisLink, entry: FleetEntry) -> Registered | None:
     Raises `StateError`.
     """
     one = Registered(entry, time.time())
-    value = orjson.dumps(one.to_json()).decode()
+    value = _dump(one)
     added = await link.run(lambda client: cast("Any", client.hsetnx(link.key(_KEY), entry.name, value)))
     return one if added else None
+
+
+async def replace(link: RedisLink, one: Registered) -> None:
+    """Make every process load an adapter in place of what is registered under its name. Raises `StateError`."""
+    value = _dump(one)
+    await link.run(lambda client: cast("Any", client.hset(link.key(_KEY), one.entry.name, value)))
+
+
+def _dump(one: Registered) -> str:
+    return orjson.dumps(one.to_json()).decode()
 
 
 async def withdraw(link: RedisLink, name: str) -> bool:
@@ -63,6 +74,7 @@ async def registered(link: RedisLink) -> tuple[dict[str, Registered], dict[str, 
     return found, unreadable
 
 
+@lru_cache(maxsize=4096)  # each look finds nearly all of them as they were
 def _parse(name: str, value: bytes) -> Registered:
     data = orjson.loads(value)
     one = Registered(FleetEntry.model_validate(data["entry"]), float(data["at"]))

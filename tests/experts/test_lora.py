@@ -41,7 +41,8 @@ class Served:
 
     def logits(self, *rows: Mixture, tokens: torch.Tensor = TOKENS) -> torch.Tensor:
         wanted = [adapter for row in rows for adapter in row.adapters]
-        assert self.pool.acquire(wanted)
+        assert self.pool.fits(wanted)
+        self.pool.acquire(wanted)
         self.current.set(plan_for(rows, tokens.shape[1], self.pool, CPU))
         with torch.inference_mode():
             logits: torch.Tensor = self.network(tokens[: len(rows)]).logits
@@ -98,21 +99,61 @@ def test_adapters_in_use_stay_and_the_least_recently_used_go(llama: Path, adapte
     served = Served(llama, adapters, slots=2)
     one, two, three = served.adapters
     pool = served.pool
-    assert pool.acquire([one])
-    assert pool.acquire([two])
-    assert not pool.acquire([three])
+    pool.acquire([one])
+    pool.acquire([two])
+    assert not pool.fits([three])
     pool.release([two])
-    assert pool.acquire([three])
+    pool.acquire([three])
     assert pool.slot(one) != pool.slot(three)
-    assert not pool.acquire([two, three])
+    assert not pool.fits([two, three])
     pool.release([three])
     pool.release([one])
-    assert pool.acquire([one])
+    pool.acquire([one])
     pool.release([one])
-    assert pool.acquire([two])
+    pool.acquire([two])
     assert pool.slot(one) != pool.slot(two)
     pool.forget(one)
     assert pool.resident == 1
+
+
+def test_an_adapter_that_cannot_be_copied_leaves_the_others_as_they_are(
+    llama: Path, adapters: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fails midway, after the first sites have made room for its larger rank."""
+    served = Served(llama, adapters, slots=3)
+    expected = served.logits(served.only(0), served.only(2))
+    last = list(served.pool._sites.values())[-2]  # down_proj of the last block
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(last, "write", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            served.pool.acquire([served.adapters[1]])
+    assert (served.pool.resident, len(served.pool._free), len(served.pool._pins)) == (2, 1, 0)
+    close(served.logits(served.only(0), served.only(2)), expected)
+    close(served.logits(served.only(1), tokens=TOKENS[:1]), reference(llama, adapters[1])(TOKENS[:1]).logits)
+
+
+def test_a_layer_that_sees_other_tokens_than_those_of_the_pass_is_refused(llama: Path, adapters: list[Path]) -> None:
+    """As one in a mixture of experts does: it cannot be known whose adapter is whose."""
+    served = Served(llama, adapters)
+    served.pool.acquire([served.adapters[0]])
+    plan = plan_for([served.only(0), BASE], 4, served.pool, CPU)
+    assert plan.for_tokens(8) is plan
+    assert plan.for_tokens(2).tokens == 2
+    with pytest.raises(ValueError, match="sees 4 tokens of 8 in 2 rows"):
+        plan.for_tokens(4)
+
+
+def test_matrices_of_different_dtypes_lose_nothing(llama: Path, adapters: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "mixed"
+    shutil.copytree(adapters[0], folder)
+    _tensors(lambda t: t.update({name: t[name].bfloat16() for name in t if "lora_A" in name}))(folder)
+    served = Served(llama, [folder])
+    mixed = served.logits(served.only(0), tokens=TOKENS[:1])
+    torch.testing.assert_close(mixed, reference(llama, folder)(TOKENS[:1]).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_the_base_is_untouched_by_its_adapters(llama: Path, adapters: list[Path]) -> None:
@@ -159,9 +200,23 @@ def _first(tensors: dict[str, torch.Tensor], side: str) -> str:
         (_config(modules_to_save=["lm_head"]), "modules_to_save"),
         (_config(init_lora_weights="pissa"), "pissa"),
         (_config(peft_type="IA3"), "LoRA"),
+        (lambda folder: (folder / "adapter_config.json").write_text("[" * 100_000), "cannot be read"),
         (_config(r=8), "shape"),
         (_config(r="four"), "r 'four'"),
+        (_config(r=True), "r True"),
+        (_config(r=100_000), "r 100000 must be 1 to 512"),
         (_config(lora_alpha=float("nan")), "alpha nan is not finite"),
+        (_config(lora_alpha=1e300), r"alpha 1e\+300 is not finite, or far too large"),
+        (_config(lora_alpha=10**400), "lora_alpha"),
+        (_config(rank_pattern=["q_proj"]), "rank_pattern must be an object"),
+        (_config(rank_pattern={"q_proj": "x"}), "rank_pattern must be an object"),
+        (_config(rank_pattern={"(": 4}), "no regular expression"),
+        (_config(alpha_pattern={"q_proj": None}), "alpha_pattern must be an object"),
+        (_tensors(lambda t: t.update({name: side.to(torch.int8) for name, side in t.items()})), "of torch.int8"),
+        (
+            _tensors(lambda t: t.update({name: side.to(torch.float8_e4m3fn) for name, side in t.items()})),
+            "of torch.float8",
+        ),
         (lambda folder: (folder / "adapter_config.json").unlink(), r"adapter_config\.json"),
         (lambda folder: (folder / "adapter_model.safetensors").unlink(), r"adapter_model\.safetensors"),
         (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"junk"), r"adapter_model\.safetensors"),

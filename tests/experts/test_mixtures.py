@@ -96,6 +96,8 @@ def test_names() -> None:
         ("b+x++y", "write BASE"),
         ("b+x:nan", "finite number"),
         ("b+x:inf", "finite number"),
+        ("b+x:1e7", "at most 1e\\+06"),
+        ("b+x:-1e39", "at most 1e\\+06"),
         ("b+x:lots", "'lots'"),
         ("b+x:", "finite number"),
         ("b+x:1+x:2", "named twice"),
@@ -255,6 +257,7 @@ async def test_everything_together_is_as_each_alone(experts: dict[str, Expert]) 
         ({"model": "base+gate:both", "gate_bias": {"nobody": 1}}, "gate_bias", 400),
         ({"model": "base+gate:both", "gate_bias": {"left": float("inf")}}, "gate_bias", 400),
         ({"model": "base+gate:both", "gate_bias": {"left": 1e39}}, "gate_bias", 400),
+        ({"model": "base+gate:both", "gate_bias": {"left": 10**400}}, "gate_bias", 400),
         ({"model": "base+gate:both", "gate_bias": {"left": "1"}}, "gate_bias", 400),
         ({"model": "base+gate:both", "gate_bias": {"left": True}}, "gate_bias", 400),
         ({"model": "base+gate:both", "gate_bias": [1]}, "gate_bias", 400),
@@ -319,6 +322,18 @@ async def test_adapters_and_gates_come_from_urls(experts: dict[str, Expert], ada
         await base.load_adapter("x", "no-such://far")
     for name in ("far", "far-gate"):
         await base.unload_adapter(name)
+
+
+async def test_what_a_file_system_raises_is_said(experts: dict[str, Expert], monkeypatch: pytest.MonkeyPatch) -> None:
+    class NoCredentialsError(Exception):
+        """As botocore has it."""
+
+    def refuse(url: str) -> None:
+        raise NoCredentialsError("there are no credentials")
+
+    monkeypatch.setattr("fsspec.url_to_fs", refuse)
+    with pytest.raises(ExpertConfigError, match="'s3://far/two' cannot be read: there are no credentials"):
+        await base_of(experts).load_adapter("x", "s3://far/two")
 
 
 async def test_a_broken_adapter_is_refused_and_harms_nobody(
@@ -397,8 +412,9 @@ async def test_the_work_of_an_answer_is_told(experts: dict[str, Expert]) -> None
     )
     for [part] in replies:
         assert part.work is not None
+        assert part.work.queue_s is not None
         assert 0 <= part.work.queue_s < part.work.first_token_s
-        assert part.work.tokens_per_s > 0
+        assert part.work.tokens_per_s
         assert 1 <= part.work.batch_size <= 3
         assert (part.work.adapter_hits, part.work.adapter_loads) == (1, 0)
     assert max(part.work.batch_size for [part] in replies if part.work) > 1.5

@@ -19,7 +19,9 @@ from experts.build import build_group
 from experts.errors import ExpertConfigError, ExpertRequestError, ExpertUnavailableError
 from experts.expert import Expert
 from experts.fleet import ExpertGroup, FleetEntry
+from experts.local.expert import LocalExpert
 from tests.experts.asking import answer, ask, run, text_of
+from tests.experts.models import save_adapter
 
 
 @dataclass
@@ -114,10 +116,49 @@ async def test_a_request_reaches_vllm_and_its_outputs_come_back(
     assert params["top_p"] > 0
     assert lora == ("one", 1, str(adapters[0]))
     assert await text_of(experts["m"], ask(endpoint="completions", prompt=["p", "q"])) == "ab"
-    assert engine.asked[-1][2] is None
     for expert in experts.values():
         await expert.close()
     assert not await experts["m"].healthy()
+
+
+async def test_room_is_counted_by_answers(engine: StandInEngine, llama: Path) -> None:
+    [expert] = build(llama, max_batch=7, max_queue=1).values()
+    seven = asyncio.create_task(run(expert, ask(endpoint="completions", prompt=["p"] * 7)))
+    while not engine.asked:  # noqa: ASYNC110  # it is over before a slower way of waiting would see it
+        await asyncio.sleep(0)
+    runs: Any = expert
+    assert len(runs._engine._under_way) == 7
+    runs._engine.check_room("")
+    [part] = await seven
+    assert part.work
+    assert part.work.batch_size > 1
+    assert (part.work.queue_s, part.work.cache_use) == (None, None)
+    await expert.close()
+
+
+async def test_adapters_are_checked_before_vllm_is_asked_for_them(
+    engine: StandInEngine, llama: Path, adapters: list[Path], tmp_path: Path
+) -> None:
+    experts = build(llama, adapters[0])
+    base = experts["m"]
+    assert isinstance(base, LocalExpert)
+    (tmp_path / "wide").mkdir()
+    for folder, complaint in (
+        (tmp_path, "adapter_config"),
+        (save_adapter(llama, tmp_path / "wide", r=65), "rank is 65"),
+    ):
+        with pytest.raises(ExpertConfigError, match=complaint):
+            await base.load_adapter("new", str(folder))
+    await base.load_adapter("new", str(adapters[1]))
+    assert await text_of(base, ask(model="m+new")) == "ab"
+    with pytest.raises(ExpertConfigError, match=r"expert 'wide': adapter .*rank is 65"):
+        build(llama, tmp_path / "wide")
+    bare = build(llama)["m"]
+    assert isinstance(bare, LocalExpert)
+    with pytest.raises(ExpertConfigError, match="at its start only"):
+        await bare.load_adapter("new", str(adapters[1]))
+    for expert in (*experts.values(), bare):
+        await expert.close()
 
 
 async def test_what_vllm_cannot_do_and_what_fails_is_said(

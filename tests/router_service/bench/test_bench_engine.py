@@ -27,3 +27,13 @@ def test_shapes_and_load(tmp_path: Path) -> None:
     assert load["failed"] == 0
     assert load["answers"] >= load["clients"] == 64
     assert 0 < load["hit_rate"] < 1
+
+
+def test_loading_beside_a_running_batch() -> None:
+    limits = Limits(registered=20, loaded_meanwhile=24, running_tokens=64)
+    found = measure_engine(["adapters"], limits)["adapters"]
+    assert found["steps"] >= 63
+    assert found["copies_to_the_device"] >= 24
+    assert 1 <= found["most_copies_between_steps"] <= 4
+    assert 0 < found["worst_copying_between_steps_ms"] <= found["worst_gap_with_copies_ms"]
+    assert found["median_gap_with_copies_ms"] <= found["worst_gap_with_copies_ms"]

@@ -16,7 +16,7 @@ from experts.expert import Expert, ExpertRequest
 from experts.fleet import AdapterSource, Fleet, FleetEntry
 from router_service.core.adapters import Adapters
 from router_service.errors import BadRequestError, ConflictError
-from router_service.state.adapters import registered
+from router_service.state.adapters import Registered, registered, replace
 from router_service.state.link import RedisLink
 from tests.router_service.fakes import RedisProcess
 from tests.router_service.retrieving import retriever_fleet
@@ -96,6 +96,55 @@ async def test_what_cannot_be_loaded_is_not_registered(redis_server: RedisProces
         assert process.loaded == []
         await process.adapters.add(med)
         assert process.loaded == ["med"]
+
+
+async def test_one_takes_the_place_of_another_in_every_process(redis_server: RedisProcess, fleet: Fleet) -> None:
+    _, air, med = fleet.experts
+    async with processes(redis_server, fleet, 2) as (link, (one, other)):
+        await one.adapters.add(on(med, air.adapter), replacing=True)  # of nothing, so far
+        await other.adapters.sync()
+        as_air = await vector(other, "med")
+        with pytest.raises(ConflictError, match="there is an expert 'med'"):
+            await one.adapters.add(med)
+        await one.adapters.add(med, replacing=True)
+        as_med = await vector(one, "med")
+        assert np.abs(np.subtract(as_air, as_med)).max() > 0.01
+        np.testing.assert_allclose(await vector(other, "med"), as_air, atol=2e-6)
+        await other.adapters.sync()
+        np.testing.assert_allclose(await vector(other, "med"), as_med, atol=2e-6)
+        for name, source in (("search", med.adapter), ("med", AdapterSource(base="chat", path="/x"))):
+            with pytest.raises(ConflictError):
+                await one.adapters.add(on(med.model_copy(update={"name": name}), source), replacing=True)
+        await other.adapters.remove("med")
+        await one.adapters.sync()
+        assert (one.loaded, other.loaded, await registered(link)) == ([], [], ({}, {}))
+
+
+async def test_a_replacement_that_cannot_be_loaded_leaves_the_old_one_in_use(
+    redis_server: RedisProcess, fleet: Fleet
+) -> None:
+    med = fleet.experts[2]
+    wrong = on(med, AdapterSource(base="search", path="/nowhere"))
+    async with processes(redis_server, fleet, 2) as (link, (one, other)):
+        first = await one.adapters.add(med)
+        await other.adapters.sync()
+        expected = await vector(one, "med")
+        with pytest.raises(BadRequestError, match="there is no folder '/nowhere'"):
+            await one.adapters.add(wrong, replacing=True)
+        assert (await registered(link))[0] == {"med": first}
+        await replace(link, Registered(wrong, first.at + 1))  # as another process sees it before it is taken back
+        await other.adapters.sync()
+        assert "no folder" in other.adapters.faults["med"]
+        await replace(link, first)
+        for process in (one, other):
+            np.testing.assert_allclose(await vector(process, "med"), expected, atol=2e-6)
+            await process.adapters.sync()
+            assert process.adapters.faults == {}
+            np.testing.assert_allclose(await vector(process, "med"), expected, atol=2e-6)
+        await replace(link, Registered(wrong, first.at + 2))
+        await other.adapters.sync()
+        await other.adapters.remove("med")
+        assert (other.loaded, "med" in other.experts) == ([], False)
 
 
 @pytest.mark.parametrize(

@@ -151,6 +151,8 @@ async def test_what_cannot_be_added_is_refused_and_changes_nothing(
             (med(fleet, input_price=-1), 400, "input_price"),
             (med(fleet, local={"model": "x"}), 400, "no field 'local'"),
             (med(fleet, name=None), 400, "'name' must be a text"),
+            (med(fleet, replace="yes"), 400, "'replace' must be true or false"),
+            (med(fleet, name="air", replace=True), 409, "there is an expert 'air'"),
             (med(fleet, name="air"), 409, "there is an expert 'air'"),
         ):
             response = await service.client.post("/v1/adapters", json=body)
@@ -246,6 +248,9 @@ async def test_the_commands_do_the_same(
         assert {expert for expert, _ in await embedded(service)} == {"air", "med"}
         with pytest.raises(CommandError, match="409: there is an expert 'med'"):
             await run("experts", "add", file, "med")
+        expected = await embedded(service)
+        await run("experts", "add", file, "med", "--replace")
+        assert await embedded(service) == expected
         with pytest.raises(CommandError, match="has no adapter 'search'"):
             await run("experts", "add", file, "search")
         assert await run("experts", "remove", "med") == "med is out of use\n"
