@@ -2,7 +2,8 @@
 
 A demonstration is made for a fleet of its own: names, descriptions and prices vary, specialists are missing or there
 twice, and there are experts for things that nobody ever asked. So the policy learns to read cards instead of learning
-the names of this fleet. `UNSEEN` is in none of them: neither its questions nor its card.
+the names of this fleet. Anybody who may know is asked, a general model as often as the specialist. `UNSEEN` is in none
+of them: neither its questions nor its card.
 
 What experts reply is the exact answer, often with a slip in it: it is to be copied, not known.
 """
@@ -135,7 +136,7 @@ def skill_words() -> list[str]:
 
 
 class Fleet:
-    """A random fleet, and who of it should be asked for a skill."""
+    """A random fleet, and who of it may be asked for a skill."""
 
     def __init__(self, rng: Random) -> None:
         self._rng = rng
@@ -152,12 +153,15 @@ class Fleet:
         return [one.card for one in self.listed]
 
     def who(self, skill: str, but: Sequence[str] = ()) -> str:
-        """The cheapest expert of a skill, else the cheapest general one; none of ``but`` while there are others."""
-        for name in (skill, _GENERAL):
-            able = [one.card for one in self.listed if one.skill == name and one.card.name not in but]
-            if able:
-                return min(able, key=lambda card: card.output_price).name
-        return self._rng.choice([card.name for card in self.cards if card.name not in but] or [self.cards[0].name])
+        """Any expert that may know: those of the skill and, unless it is invented, the general ones; none of ``but``.
+
+        Which of them is right more often and which is cheap enough is for reinforcement to find.
+        """
+        asked = [one for one in self.listed if one.card.name not in but] or self.listed
+        able = [one for one in asked if one.skill == skill]
+        if skill in SKILLS or not able:
+            able += [one for one in asked if one.skill == _GENERAL]
+        return self._rng.choice(able or asked).card.name
 
     def _parts(self) -> list[str]:
         rng = self._rng

@@ -58,7 +58,7 @@ def test_committed_evaluation_meets_every_condition() -> None:
 
 def test_fleet_is_small_and_the_generalist_costs_enough() -> None:
     size = sum(path.stat().st_size for path in FLEET.rglob("*.safetensors"))
-    assert size <= 26 * MEBIBYTE
+    assert size <= 30 * MEBIBYTE
     prices = {member.part: member.input_price for member in members()}
     assert all(prices["generalist"] >= 3.5 * prices[name] for name in SKILLS)
 
