@@ -1,4 +1,4 @@
-"""The policy that ships with the fleet does on fresh questions what docs/router_r1.md says, in the service's own bounds."""
+"""The policy that ships with the fleet does on fresh questions what docs/router_r1.md says, as it is served."""
 
 from __future__ import annotations
 
