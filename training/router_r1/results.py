@@ -1,14 +1,16 @@
 """Every figure of docs/router_r1.md: ``python -m training.router_r1.results --start FOLDER --work FOLDER``.
 
 Trains what is not in the work folder yet (three seeds without a cost weight, .6, .8, and one without the format's
-reward), measures all on the same held-out questions, and writes docs/results/router-r1.json and its plots.
+reward), measures all on the same held-out questions, and writes docs/results/router-r1.json and its plots. What is
+trained and measured lies in the work folder, and the same command goes on from there.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -84,11 +86,17 @@ def _train(spec: RouterR1Spec, name: str, work: Path) -> None:
 
 def measure_all(spec: RouterR1Spec, work: Path, runs: Sequence[str], count: int) -> Json:
     """All policies, the start among them, on the same held-out questions; and every router beside them."""
-    questions = pocket_questions(_QUESTIONS_SEED, count, count, "held_out")
+    questions, kept = pocket_questions(_QUESTIONS_SEED, count, count, "held_out"), work / "measured" / str(count)
     known = [question for question in questions if question.id not in _ids_of_unseen(questions, spec)]
     environment = make_environment(spec.model_copy(update={"without": ()}))
     try:
-        policies = {name: _measured(spec, work, name, questions, known, environment) for name in (START, *runs)}
+        policies = {
+            name: _kept(
+                kept / f"{name}.json",
+                lambda name=name: _measured(spec, work, name, questions, known, environment),  # type: ignore[misc]
+            )
+            for name in (START, *runs)
+        }
         for one in policies.values():
             one["reward"]["over_start"] = _difference(one["rewards"], policies[START]["rewards"])
         for one in policies.values():
@@ -98,8 +106,18 @@ def measure_all(spec: RouterR1Spec, work: Path, runs: Sequence[str], count: int)
     return {
         "questions": {"each kind": count, "seed": _QUESTIONS_SEED},
         "policies": policies,
-        "single_round": single_round(questions),
+        "single_round": _kept(kept / "single-round.json", lambda: single_round(questions)),
     }
+
+
+def _kept(path: Path, measure: Callable[[], Json]) -> Json:
+    """What was measured before, or what is measured now."""
+    if not path.exists():
+        found = json.dumps(measure())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(found, encoding="utf-8")
+    kept: Json = json.loads(path.read_bytes())
+    return kept
 
 
 def _measured(
