@@ -290,6 +290,7 @@ async def _shapes(limits: Limits, on_progress: OnProgress) -> dict[str, Any]:
     """
     served, clock, rows = _Served(), _Clock(), []
     await served.load(_ADAPTERS)
+    await served.ask([10] * 64, 0, tokens=4)  # kernels load when they are first used
     rng, tokens = random.Random(0), 32
     shapes = list(itertools.product(limits.prompts, limits.batches))
     with clock.watching(

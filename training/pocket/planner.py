@@ -9,7 +9,7 @@ What experts reply is the exact answer, often with a slip in it: it is to be cop
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 
 from experts.cards import ExpertCard
@@ -257,11 +257,14 @@ def _two_steps(rng: Random, split: Split) -> tuple[str, list[Planned]]:
             continue
         said = _slip(rng, answer)
         slot = next(name for name, value in linked.items() if str(value) == answer)
-        last = _slip(rng, second.solve(linked))
-        return query, [
+        steps = [
             Planned(composition.skills[0], first.phrasings[0].format(**slots), said),
-            Planned(composition.skills[1], second.phrasings[0].format(**{**linked, slot: said}), last),
+            Planned(composition.skills[1], second.phrasings[0].format(**{**linked, slot: said}), ""),
         ]
+        if any(split_of(step.query) != split for step in steps):
+            continue
+        steps[1] = replace(steps[1], answer=_slip(rng, second.solve(linked)))
+        return query, steps
     raise PocketError(f"no {split!r} two-skill question in {_MAX_DRAWS} draws")
 
 

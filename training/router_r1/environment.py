@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from experts.errors import ExpertError
 from experts.expert import Expert, ExpertRequest, Usage
@@ -38,6 +39,25 @@ class Found:
 
 
 _FAILED = Found(NO_REPLY, failed=True)
+
+
+class Replies(Protocol):
+    """Who replies to searches."""
+
+    def replies(self, searches: Sequence[Search]) -> list[Found]:
+        """A reply to each search, in their order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Renamed:
+    """Experts of `source` under other names: `names` has the name that `source` knows of each."""
+
+    source: Replies
+    names: Mapping[str, str]
+
+    def replies(self, searches: Sequence[Search]) -> list[Found]:
+        """What the experts that are meant reply."""
+        return self.source.replies([Search(self.names.get(one.expert, one.expert), one.query) for one in searches])
 
 
 class Environment:
@@ -118,6 +138,9 @@ class Environment:
         if self._path is None or not fresh:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # what a killed run left of a line
         with self._path.open("a", encoding="utf-8") as file:
             for search, found in fresh.items():
                 line = {**asdict(search), **asdict(found)}

@@ -16,7 +16,7 @@ import numpy as np
 from experts.cards import ExpertCard
 from routers.strategies.router_r1.protocol import opening
 from training.metrics import Floats, bootstrap, weighted_mean
-from training.router_r1.environment import Environment
+from training.router_r1.environment import Replies
 from training.router_r1.questions import Asked
 from training.router_r1.rollout import Episode, Limits, roll_out
 from training.router_r1.spec import RouterR1Spec
@@ -39,13 +39,14 @@ def play(
     tokenizer: Any,
     questions: Sequence[Asked],
     cards: Sequence[ExpertCard],
-    environment: Environment,
+    environment: Replies,
     limits: Limits,
     *,
     instructions: str = "",
     on_progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Episode]:
     """One conversation about each question, in their order, with the same cards."""
+    cards = sorted(cards, key=lambda card: card.name)  # as the strategy lists them
     episodes: list[Episode] = []
     for start in range(0, len(questions), _BATCH):
         part = questions[start : start + _BATCH]

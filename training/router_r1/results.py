@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ import numpy as np
 from experts.cards import ExpertCard
 from routers.contracts import Observations
 from routers.registry import create_router, router_names
+from training.doc_tables import fill_tables, markdown
 from training.evaluation import Bench
 from training.metrics import bootstrap, weighted_mean
 from training.observations import Table, load_table
 from training.pocket.fleet import FLEET, members
 from training.pocket.planner import UNSEEN
 from training.results import RESULTS, write
-from training.router_r1.environment import Environment
+from training.router_r1.environment import Environment, Renamed
 from training.router_r1.measure import Json, figures, interval, play
 from training.router_r1.questions import Asked, pocket_questions
 from training.router_r1.rewards import Rewards
@@ -40,10 +42,11 @@ from training.router_r1.train import (
     outcome_of,
     train_policy,
 )
-from training.work_folder import read_report
+from training.work_folder import read_report, write_json
 
 logger = logging.getLogger(__name__)
 
+DOCUMENT = Path("docs/router_r1.md")
 START = "start"
 RUNS: Mapping[str, Mapping[str, Any]] = {
     "seed-0": {"seed": 0},
@@ -54,6 +57,19 @@ RUNS: Mapping[str, Mapping[str, Any]] = {
     "no-format": {"format_reward": False},
 }
 """What each run changes of the config."""
+NEWCOMERS = {
+    "arithmetic": ("sulda-3", "Plus, minus and times for numbers."),
+    "units": ("brimo", "Meters to feet, kilograms to grams, hours to minutes."),
+    "roman": ("pocket-vekta", "Roman numerals from numbers, numbers from Roman numerals."),
+    "sorting": ("ostil-oka", "Lists in ascending, descending or alphabetical order."),
+    "text": ("nagru-11", "Reverses words, removes letters, changes case."),
+    "dates": ("pocket-imsel", "ISO dates, months and days."),
+    "data": ("yarvo", "Fields of JSON, rows of CSV."),
+    "ciphers": ("dwelk-8", "Secret writing: Caesar and Atbash."),
+    "elements": ("pocket-rhun", "Chemistry: symbols and atomic numbers."),
+    "capitals": ("fosk-eta", "Countries and their capital cities."),
+}
+"""Specialists under names and with descriptions that no training has: experts that are new to the policy."""
 _QUESTIONS_SEED = 1000
 _SAMPLED_SEED = 7
 
@@ -74,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     results = measure_all(spec, args.work, args.runs, args.questions)
     write("router-r1", results, command="python -m training.router_r1.results --start START --work WORK")
     plot(results, RESULTS / "router-r1.png")
+    DOCUMENT.write_text(fill_tables(DOCUMENT.read_text("utf-8"), lambda name: _table(results, name)), "utf-8")
 
 
 def _train(spec: RouterR1Spec, name: str, work: Path) -> None:
@@ -91,31 +108,33 @@ def measure_all(spec: RouterR1Spec, work: Path, runs: Sequence[str], count: int)
     environment = make_environment(spec.model_copy(update={"without": ()}))
     try:
         policies = {
-            name: _kept(
-                kept / f"{name}.json",
-                lambda name=name: _measured(spec, work, name, questions, known, environment),  # type: ignore[misc]
-            )
+            name: _kept(kept / f"{name}.json", partial(_measured, spec, work, name, questions, known, environment))
             for name in (START, *runs)
         }
         for one in policies.values():
             one["reward"]["over_start"] = _difference(one["rewards"], policies[START]["rewards"])
         for one in policies.values():
             del one["rewards"]
+        newcomers = {
+            name: _kept(kept / f"newcomers-{name}.json", partial(_newcomers, spec, work, name, known, environment))
+            for name in policies
+        }
     finally:
         environment.close()
     return {
         "questions": {"each kind": count, "seed": _QUESTIONS_SEED},
         "policies": policies,
-        "single_round": _kept(kept / "single-round.json", lambda: single_round(questions)),
+        "newcomers": newcomers,
+        "single_round": _kept(kept / "single-round.json", partial(single_round, questions)),
     }
 
 
 def _kept(path: Path, measure: Callable[[], Json]) -> Json:
     """What was measured before, or what is measured now."""
     if not path.exists():
-        found = json.dumps(measure())
+        found = measure()
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(found, encoding="utf-8")
+        write_json(path, found)
     kept: Json = json.loads(path.read_bytes())
     return kept
 
@@ -129,9 +148,7 @@ def _measured(
     environment: Environment,
 ) -> Json:
     logger.info("measuring %s", name)
-    folder = spec.policy if name == START else str(work / name)
-    model, tokenizer = load_policy(spec.model_copy(update={"policy": folder}))
-    model.eval()
+    model, tokenizer = _loaded(spec, work, name)
     cards, limits = fleet_cards(spec.model_copy(update={"without": ()})), limits_of(spec)
     greedy = replace(limits, temperature=0.0)
 
@@ -156,6 +173,36 @@ def _measured(
         "unseen": _unseen(played, cards),
         **({} if name == START else {"training": _training(work / name)}),
     }
+
+
+def _loaded(spec: RouterR1Spec, work: Path, name: str) -> tuple[Any, Any]:
+    folder = spec.policy if name == START else str(work / name)
+    model, tokenizer = load_policy(spec.model_copy(update={"policy": folder}))
+    return model.eval(), tokenizer
+
+
+def _newcomers(spec: RouterR1Spec, work: Path, name: str, questions: Sequence[Asked], environment: Environment) -> Json:
+    """One-skill questions, each with its specialist exchanged for the newcomer: whether that is asked, and is used."""
+    logger.info("measuring %s with newcomers", name)
+    model, tokenizer = _loaded(spec, work, name)
+    limits = replace(limits_of(spec), temperature=0.0)
+    cards = [card for card in fleet_cards(spec.model_copy(update={"without": ()})) if card.name not in spec.without]
+    called: list[float] = []
+    right: list[float] = []
+    without: list[float] = []
+    for skill, (new, description) in NEWCOMERS.items():
+        asked, old = [question for question in questions if question.skills == (skill,)], f"pocket-{skill}"
+        others = [card for card in cards if card.name != old]
+        own = next(card for card in cards if card.name == old)
+        joined = [*others, own.model_copy(update={"name": new, "description": description})]
+        episodes = play(model, tokenizer, asked, joined, Renamed(environment, {new: old}), limits)
+        called += [float(any(search.expert == new for search in one.searches)) for one in episodes]
+        right += _rights(episodes, asked)
+        without += _rights(play(model, tokenizer, asked, others, environment, limits), asked)
+    draws = bootstrap(len(called))
+    columns = {"called": called, "right": right, "right_without": without}
+    shares = {column: interval(weighted_mean(np.asarray(values), draws)) for column, values in columns.items()}
+    return {"questions": len(called), **shares}
 
 
 def _training(folder: Path) -> Json:
@@ -237,6 +284,54 @@ def _answered(questions: Sequence[Asked], cards: Sequence[ExpertCard]) -> Observ
         output_tokens=wrote,
         latency_s=np.full(shape, np.nan, np.float32),
     )
+
+
+def _table(results: Json, name: str) -> str | None:
+    """The document's table of that name."""
+    rows: list[list[str]] = []
+    if name == "policies":
+        head = [
+            "policy",
+            "two skills",
+            "one skill",
+            "calls (two, one)",
+            "USD per 1,000",
+            "broken",
+            "sampled reward",
+            "over start",
+        ]
+        for policy, found in results["policies"].items():
+            two, one = found["kinds"]["two"], found["kinds"]["one"]
+            broken = f"{100 * (two['broken']['value'] + one['broken']['value']) / 2:.2f}%"
+            calls = f"{two['calls']['value']:.2f}, {one['calls']['value']:.2f}"
+            over = _spread(found["reward"]["over_start"], "+.3f") if policy != START else ""
+            rows.append(
+                [
+                    policy, _spread(two["right"], ".1%"), _spread(one["right"], ".1%"), calls,
+                    f"{found['usd_per_1k']:.4f}", broken, _spread(found["reward"]["sampled"], ".3f"), over,
+                ]
+            )  # fmt: skip
+        return markdown(head, rows)
+    if name == "unseen":
+        for policy, found in results["policies"].items():
+            shown, hidden = found["unseen"]["with"], found["unseen"]["without"]
+            rows.append([policy, *(_spread(x, ".1%") for x in (shown["called"], shown["right"], hidden["right"]))])
+        return markdown(["policy", "called, with its card", "right, with its card", "right, without"], rows)
+    if name == "newcomers":
+        for policy, found in results["newcomers"].items():
+            rows.append([policy, *(_spread(found[key], ".1%") for key in ("called", "right", "right_without"))])
+        return markdown(["policy", "newcomer called", "right", "right without it"], rows)
+    if name == "single-round":
+        for router, found in results["single_round"].items():
+            best = int(np.argmax(found["right"]))
+            rows.append([router, f"{found['right'][best]:.1%}", f"{found['usd_per_1k'][best]:.4f}"])
+        return markdown(["router", "most right", "USD per 1,000 there"], rows)
+    return None
+
+
+def _spread(found: Json, form: str) -> str:
+    value, low, high = (format(found[key], form) for key in ("value", "low", "high"))
+    return f"{value} ({low} to {high})"
 
 
 def plot(results: Json, path: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from experts.cards import ExpertCard
 from experts.expert import Usage
 from routers.strategies.router_r1.protocol import CLOSING, MAX_CALLS, Message, first_turn, information, parse
-from training.router_r1.environment import Environment, Search
+from training.router_r1.environment import Replies, Search
 
 _TAIL = 12  # tokens in which a closing tag is looked for
 
@@ -114,7 +114,7 @@ def roll_out(
     model: Any,
     tokenizer: Any,
     conversations: Sequence[tuple[Sequence[Message], Sequence[ExpertCard]]],
-    environment: Environment,
+    environment: Replies,
     limits: Limits,
     generator: torch.Generator | None = None,
 ) -> list[Episode]:
@@ -201,9 +201,9 @@ class _Batch:
             for one in writing:
                 row = self._rows[id(one)]
                 token = int(tokens[row])
-                if token == end:
-                    continue
                 one.add([token], own=True, logprobs=[float(logprobs[row])])
+                if token == end:  # its own act too, which the reward is for
+                    continue
                 turn = turns[id(one)]
                 turn.append(token)
                 feed.append((row, [token]))

@@ -44,6 +44,8 @@ class RouterR1Spec(_Model):
         environment: `live` asks the fleet and records what it replied in `recorded`, where that is named; `replay` has
             nothing but `recorded`.
         shuffle: Whether each question's cards come in an order of its own.
+        vary: Whether each question has a fleet of its own, in which experts are missing or have other names: a policy
+            that sees one fleet alone learns its names and reads no cards.
         instructions: What the policy is told before the cards.
         cost_weight: The paper's alpha: what of a right answer's reward is for cheapness.
         format_reward: Whether a broken format is punished.
@@ -68,6 +70,7 @@ class RouterR1Spec(_Model):
     environment: Literal["live", "replay"] = "live"
     recorded: Path | None = None
     shuffle: bool = True
+    vary: bool = False
     instructions: str = ""
     cost_weight: float = Field(default=0.0, ge=0, le=1)
     format_reward: bool = True

@@ -21,10 +21,11 @@ from statistics import fmean
 from typing import Any
 
 from experts.cards import ExpertCard
-from routers.strategies.router_r1.protocol import opening
+from routers.strategies.router_r1.protocol import Message, opening
 from training.errors import TrainJobError
 from training.manifest import package_versions
-from training.router_r1.environment import Environment
+from training.pocket.skills.words import made_up
+from training.router_r1.environment import Environment, Renamed
 from training.router_r1.questions import Asked, pocket_questions, table_questions
 from training.router_r1.rewards import Outcome, Rewards
 from training.router_r1.rollout import Episode, Limits, roll_out
@@ -34,6 +35,7 @@ from training.work_folder import REPORT_FILE, last_checkpoint
 OnProgress = Callable[[str, int, int], None]
 SAMPLES_FILE, CURVES = "samples.jsonl", "curves"
 _WINDOW_FILE = "costs.json"
+_MISSING, _RENAMED = 0.2, 0.4  # of the experts, where fleets vary
 
 
 def train_policy(
@@ -157,17 +159,16 @@ class Run:
         self._questions = list(questions)
         self._cards = list(cards)
         self._rewards = Rewards(spec.cost_weight, format_reward=spec.format_reward)
+        self._meant: dict[str, str] = {}
         self._orders = [self._order(question) for question in questions]
+        self._listed = {_key(self._opening(number)): cards for number, cards in enumerate(self._orders)}
 
     def dataset(self) -> Any:
         """A row for each question: its opening and its number."""
         from datasets import Dataset
 
         return Dataset.from_list(
-            [
-                {"prompt": opening(self._orders[number], question.text, self._spec.instructions), "number": number}
-                for number, question in enumerate(self._questions)
-            ]
+            [{"prompt": self._opening(number), "number": number} for number in range(len(self._questions))]
         )
 
     def roll_out(self, prompts: Sequence[Any], trainer: Any) -> dict[str, Any]:
@@ -180,10 +181,9 @@ class Run:
         training = model.training
         model.eval()
         try:
-            conversations = [(prompt, self._cards) for prompt in prompts]
-            episodes = roll_out(
-                model, self._tokenizer, conversations, self._environment, limits_of(self._spec), generator
-            )
+            conversations = [(prompt, self._listed[_key(prompt)]) for prompt in prompts]
+            environment = Renamed(self._environment, self._meant)
+            episodes = roll_out(model, self._tokenizer, conversations, environment, limits_of(self._spec), generator)
         finally:
             model.train(training)
         return {
@@ -223,12 +223,25 @@ class Run:
         if path.exists():
             self._rewards.window.extend(json.loads(path.read_text()))
 
+    def _opening(self, number: int) -> list[Message]:
+        return opening(self._orders[number], self._questions[number].text, self._spec.instructions)
+
     def _order(self, question: Asked) -> list[ExpertCard]:
-        """The cards as this question shows them: an order that is its own."""
-        cards = list(self._cards)
+        """The cards as this question shows them: an order, and where wanted names and gaps, that are its own."""
+        cards, rng = list(self._cards), Random(f"{self._spec.seed}:{question.id}")
         if self._spec.shuffle:
-            Random(f"{self._spec.seed}:{question.id}").shuffle(cards)
-        return cards
+            rng.shuffle(cards)
+        if not self._spec.vary:
+            return cards
+        kept = [card for card in cards if rng.random() >= _MISSING] or cards
+        return [self._renamed(card, rng) if rng.random() < _RENAMED else card for card in kept]
+
+    def _renamed(self, card: ExpertCard, rng: Random) -> ExpertCard:
+        """The card under a name that no other has."""
+        while (name := made_up(rng, rng.randint(4, 7))) in self._meant:
+            pass
+        self._meant[name] = card.name
+        return card.model_copy(update={"name": name})
 
     def _log_samples(
         self, step: int, number: Sequence[int], episodes: Sequence[Episode], rewards: Sequence[float]
@@ -237,6 +250,10 @@ class Run:
             for place, one, reward in list(zip(number, episodes, rewards, strict=True))[:: max(1, len(rewards) // 4)]:
                 line = {"step": step, "question": self._questions[place].text, "reward": reward, **described(one)}
                 file.write(json.dumps(line) + "\n")
+
+
+def _key(messages: Sequence[Message]) -> tuple[str, ...]:
+    return tuple(message["content"] for message in messages)
 
 
 def outcome_of(episode: Episode, question: Asked) -> Outcome:

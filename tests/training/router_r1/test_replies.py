@@ -11,7 +11,7 @@ from experts.errors import ExpertUnavailableError
 from experts.expert import ExpertRequest, Part, Usage
 from routers.strategies.router_r1.protocol import NO_REPLY
 from training.errors import TrainJobError
-from training.router_r1.environment import Environment, Search
+from training.router_r1.environment import Environment, Renamed, Search
 
 
 class Echo:
@@ -73,6 +73,13 @@ def test_an_expert_that_the_fleet_lacks_gives_no_reply() -> None:
     environment.close()
 
 
+def test_an_expert_is_asked_under_another_name() -> None:
+    environment = Environment({"echo": Echo()})
+    found = Renamed(environment, {"voice": "echo"}).replies([Search("voice", "a"), Search("echo", "b")])
+    environment.close()
+    assert [one.text for one in found] == ["a!", "b!"]
+
+
 def test_a_line_that_was_cut_off_is_left_out_and_any_other_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "replies.jsonl"
     whole = json.dumps({"expert": "e", "query": "q", "text": "t", "input_tokens": 1, "output_tokens": 1})
@@ -80,6 +87,11 @@ def test_a_line_that_was_cut_off_is_left_out_and_any_other_is_an_error(tmp_path:
     environment = Environment(None, path)
     assert environment.replies([Search("e", "q")])[0].text == "t"
     environment.close()
+    live = Environment({"echo": Echo()}, path)
+    live.replies([Search("echo", "a")])
+    live.close()
+    assert len(path.read_text().splitlines()) == 2
+    Environment(None, path).close()
     path.write_text(f"{whole[:20]}\n{whole}\n")
     with pytest.raises(TrainJobError, match="line 1 is no recorded reply"):
         Environment(None, path)

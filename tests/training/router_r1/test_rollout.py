@@ -59,6 +59,24 @@ def test_the_policys_own_tokens_are_its_turns_and_nothing_else(policy: Path, rec
         assert one.completion[-1] == tokenizer.eos_token_id
 
 
+def test_an_end_that_comes_too_early_is_the_policys_own_act(policy: Path, recorded: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    model = AutoModelForCausalLM.from_pretrained(policy).eval()
+    head = model.lm_head
+
+    def always_ends(module: object, inputs: object, logits: torch.Tensor) -> torch.Tensor:
+        logits[..., tokenizer.eos_token_id] = 1e4
+        return logits
+
+    head.register_forward_hook(always_ends)
+    environment = Environment(None, recorded)
+    [one] = roll_out(
+        model, tokenizer, [(opening(CARDS, "What is 2 + 2?"), CARDS)], environment, Limits(completion_tokens=50)
+    )
+    environment.close()
+    assert (one.completion, one.own, one.broken is not None) == ([tokenizer.eos_token_id], [1], True)
+
+
 @pytest.mark.parametrize("most", [8, 40, 60])
 def test_a_completion_is_never_longer_than_it_may_be(policy: Path, recorded: Path, most: int) -> None:
     episodes = play(policy, recorded, Limits(completion_tokens=most, temperature=0))
