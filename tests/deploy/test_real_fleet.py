@@ -43,6 +43,7 @@ def dry_fleet(second: Running, tmp_path_factory: pytest.TempPathFactory) -> Path
             continue
         source, field = (entry["local"], "model") if "local" in entry else (entry["adapter"], "path")
         source[field] = str(model if "local" in entry else save_adapter(model, folder / f"lora-{number}", seed=number))
+        source.pop("revision", None)
         entry["context_length"] = 512
     return write_fleet(folder, entries)
 

@@ -186,7 +186,7 @@ def test_policy_must_fit_the_fleet() -> None:
 
 def test_shipped_policies() -> None:
     policies = load_policies(POLICIES)
-    assert set(policies) == {"auto", "cheap", "best", "cascade", "vote", "mixture_of_agents", "self_moa"}
+    assert set(policies) == {"auto", "cheap", "best", "cascade", "vote", "mixture_of_agents", "self_moa", "router_r1"}
     assert all(create_strategy(policy).name == policy.strategy.name for policy in policies.values())
     numbers = estimates([0.5, 0.97, 0.98], [0.000002, 0.000012, 0.00004])
     single = {name: policy for name, policy in policies.items() if policy.strategy.name == "single"}

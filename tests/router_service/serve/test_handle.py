@@ -150,4 +150,12 @@ def replica_pid(application: str) -> int:
     """The process of one of an application's replicas, among those of this test's own Ray."""
     title = f"ray::ServeReplica:{application}:Experts"
     own = psutil.Process().children(recursive=True)
-    return next(p.pid for p in own if title in " ".join(p.cmdline()))
+    return next(one.pid for one in own if title in command_of(one))
+
+
+def command_of(process: psutil.Process) -> str:
+    """Its command line; nothing of a process that has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
