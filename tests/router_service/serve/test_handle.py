@@ -143,7 +143,7 @@ async def test_without_a_replica_a_request_does_not_wait_for_the_next_one() -> N
     with pytest.raises(ExpertUnavailableError):
         await parts_of(HandleExpert("one", expert._handle, accept_timeout_s=0.2), request())
     assert loop.time() - started < 2.0
-    assert await eventually(expert)
+    assert await eventually(expert, 240.0)  # Serve may take several health checks to see that its only replica is gone
 
 
 def replica_pid(application: str) -> int:
